@@ -1,0 +1,54 @@
+"""
+The denoiser: repairs each gated token from its own content. Used in training only, thrown away afterwards.
+
+One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token that could look at
+its neighbours would copy what the gate withheld, and the scorer would learn nothing. Softmax over a single key is 1,
+so the whole attention collapses to two linear maps, and no attention scores need computing:
+
+    softmax(q_i·k_i)·v_i = v_i        Attention(x)_i = W_o·W_v·x_i
+
+Try it: `python denoiser.py`.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from throttler import Attention, Block
+
+
+class DiagonalAttention(nn.Module):
+    """Attention under an identity mask, (B, N, width) -> (B, N, width): token i sees token i alone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.out(self.value(x))  # W_o·W_v·x: every softmax weight is 1
+
+
+class Denoiser(nn.Module):
+    """X̃ (B, N, d_v) -> X̄ (B, N, d_v). diagonal=False is the papers' ablation: global attention.
+
+    It starts as the identity (its output layers are zero), so training begins from the gated tokens themselves.
+    """
+
+    def __init__(self, d_v, diagonal=True):
+        super().__init__()
+        self.block = Block(d_v, DiagonalAttention if diagonal else Attention)
+        for layer in (self.block.attn.out, self.block.mlp[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, X):
+        return self.block(X)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    B, N, W = 1, 5, 64
+    x, diagonal = torch.randn(B, N, W), DiagonalAttention(W)
+    q, k, v = torch.randn(B, N, W), torch.randn(B, N, W), diagonal.value(x)  # any queries and keys will do
+    masked = diagonal.out(F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(N, dtype=torch.bool)))
+    print(f"two linear maps against attention with an identity mask: differ by {(diagonal(x) - masked).abs().max():.1e}")

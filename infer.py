@@ -1,0 +1,164 @@
+"""
+Ask a VLM about a picture, with only the tokens that the scorer keeps.
+
+    python infer.py data/shapes/examples/0.jpg "What color is the star?"
+    python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
+    python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
+
+The scores are cut at the K-th highest: what lies above stays, at its original position; the rest never reaches the LLM.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model import InputError, cli, load, read_image
+from throttler import Scorer, select
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_pruner():
+    """out/ where there is one, else the pruner that ships with the embedded default."""
+    return Path("out") if Path("out/pruner.json").exists() else HERE / "data/shapes/pruner"
+
+
+def load_pruner(folder):
+    """(scorer, settings) from a folder that train.py wrote. InputError if a file is missing or does not fit."""
+    folder = Path(folder)
+    for name in ("pruner.json", "scorer.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; --pruner must be a folder that train.py wrote")
+    try:
+        settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
+        scorer = Scorer(settings["width"])
+        scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{folder}: scorer.safetensors and pruner.json do not fit together ({reason}); train again") from None
+    return scorer.eval().requires_grad_(False), settings
+
+
+def add_common_arguments(ap):
+    """--model, --pruner, --device, --dtype, the same for every script that uses a trained pruner."""
+    ap.add_argument("--pruner", type=Path, default=default_pruner(), help="folder with a trained pruner (%(default)s)")
+    ap.add_argument("--model", help="folder or hub name of the VLM (default: the one that the pruner was trained on)")
+    add_device_arguments(ap)
+
+
+def add_device_arguments(ap):
+    gpu = torch.cuda.is_available()
+    ap.add_argument("--device", default="cuda" if gpu else "cpu", help="where to run (%(default)s)")
+    ap.add_argument("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32",
+                    help="number type of the frozen VLM (%(default)s)")
+
+
+class FirstToken:
+    """A streamer for generate() that only notes when the first new token came."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):  # called for the prompt, then for each token
+        self.calls.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def picture(image, scores, keep, X, side=384):
+    """Kept patches clear and dropped ones dimmed; top-K red, bottom-K blue; cosine similarities of those 2K tokens.
+
+    image: PIL, as the model saw it; scores (N,), keep (K,), X (N, d). Returns a PIL image of three squares.
+    """
+    N, K = len(scores), len(keep)
+    grid = int(N ** 0.5)
+
+    def mask(indices, strength):
+        values = torch.zeros(N, dtype=torch.uint8)
+        values[indices] = strength
+        return Image.frombytes("L", (grid, grid), values.numpy().tobytes()).resize((side, side), Image.Resampling.NEAREST)
+
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
+    kept = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), 0.78), mask(keep, 255))
+    order = scores.argsort(descending=True)
+    top, bottom = order[:K], order[-K:]
+    colored = image.copy()
+    colored.paste((220, 30, 30), (0, 0), mask(top, 150))
+    colored.paste((40, 70, 220), (0, 0), mask(bottom, 150))
+    x = F.normalize(X[torch.cat([top, bottom])].float(), dim=-1)
+    cosine = ((x @ x.T).clamp(0, 1) * 255).byte()  # (2K, 2K), kept tokens first
+    matrix = Image.frombytes("L", (2 * K, 2 * K), cosine.numpy().tobytes())
+    matrix = ImageOps.colorize(matrix, (20, 10, 60), (250, 240, 160), mid=(210, 60, 80))
+    sheet = Image.new("RGB", (3 * side + 40, side + 20), "white")
+    for i, part in enumerate((kept, colored, matrix.resize((side, side), Image.Resampling.NEAREST))):
+        sheet.paste(part, (10 + i * (side + 10), 10))
+    return sheet
+
+
+def seen_by_model(vlm, inputs):
+    """The first picture of `inputs` after the processor's resize and crop, as a PIL image."""
+    p = vlm.processor.image_processor
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (p.image_mean, p.image_std))
+    pixels = ((inputs["pixel_values"][0].float().cpu() * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.frombytes("RGB", pixels.shape[:0:-1], pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("image", help="a picture (JPEG, PNG, …)")
+    ap.add_argument("question")
+    ap.add_argument("--keep", help="how many visual tokens to keep, or 'all' (default: what the pruner was trained for)")
+    add_common_arguments(ap)
+    ap.add_argument("--max-new-tokens", type=int, default=64, metavar="T", help="length of the answer at most (%(default)s)")
+    ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
+    ap.add_argument("--json", action="store_true", help="last line: answer, kept, tokens and timings as JSON")
+    args = ap.parse_args()
+
+    image = read_image(args.image)
+    scorer, settings = load_pruner(args.pruner)
+    name = args.model or settings["model"]
+    print(f"model {name}, pruner {args.pruner}", file=sys.stderr)
+    vlm = load(name, args.device, DTYPES[args.dtype])
+    if vlm.width != settings["width"]:
+        raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
+                         "give the pruner of this model with --pruner, or its model with --model")
+    K = settings["keep"] if args.keep is None else args.keep
+    if K == "all":
+        K = vlm.tokens
+    if not str(K).isdigit() or not 1 <= int(K) <= vlm.tokens:
+        raise InputError(f"--keep {K}: must be 'all' or a whole number from 1 to {vlm.tokens}")
+    K = int(K)
+
+    scorer.to(args.device)
+    inputs = vlm.inputs([image], [args.question])
+    X = vlm.encode(inputs)  # (1, N, d_v)
+    start = time.perf_counter()
+    scores = scorer(X)  # (1, N)
+    keep = select(scores, K)  # (1, K)
+    kept = keep[0].tolist()  # waits for the device
+    selected = time.perf_counter()
+    clock = FirstToken()
+    answer = vlm.generate(inputs, X, keep if K < vlm.tokens else None, args.max_new_tokens, streamer=clock)[0]
+    select_ms, prefill_ms = 1000 * (selected - start), 1000 * (clock.calls[1] - selected)
+
+    print(answer)
+    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms")
+    if args.show:
+        picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
+        print(f"wrote {args.show}")
+    if args.json:
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),
+                          "prefill_ms": round(prefill_ms, 3)}))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,180 @@
+"""
+The throttler: how much of each visual token gets through, and which tokens stay.
+
+Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
+
+    X -> Scorer -> s -> soft top-K -> alpha, summing to the budget K -> noise gate -> X̃
+
+Inference: X -> Scorer -> s -> select -> the K highest tokens, in their original order. Nothing else remains.
+
+This file is pure tensor code: it knows nothing of LLaVA. Try it: `python throttler.py`.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    """Plain multi-head self-attention over all tokens, (B, N, width) -> (B, N, width); heads are 64 wide."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.n_head = max(1, width // 64)
+        if width % self.n_head:
+            raise ValueError(f"width {width} cannot be split into {self.n_head} heads")
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, W = x.shape  # images, tokens, width
+        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, W // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, N, 64)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, nh, N, 64)
+        return self.out(x.transpose(1, 2).reshape(B, N, W))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block around any attention; the feed-forward is 4x as wide."""
+
+    def __init__(self, width, attention=Attention):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), attention(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Scorer(nn.Module):
+    """One logit per visual token: X (B, N, d_v) -> scores (B, N), float32 or wider.
+
+    Two blocks with global attention, width min(d_v, 1024), then a linear head. It sees the image only, never the
+    question, so its choice can be kept for further questions about the same image.
+    """
+
+    def __init__(self, d_v):
+        super().__init__()
+        width = min(d_v, 1024)
+        self.inp = nn.Linear(d_v, width) if d_v != width else nn.Identity()
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, X):
+        x = self.blocks(self.inp(X.to(self.head.weight.dtype)))  # (B, N, width)
+        scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class SoftTopK(torch.autograd.Function):
+    """alpha_i = F(s_i/tau - b), F the CDF of the Laplace distribution, b the one shift that makes alpha sum to K.
+
+    LapSum (Struski et al., arXiv 2503.06242): closed form after one sort, and so is the gradient. In float64 inside.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, K, tau):
+        s = scores.double() / tau  # (..., N)
+        N = s.shape[-1]
+        r = s.sort(dim=-1, descending=True).values
+        # With the k highest scores above b and the others below,
+        #     Σ_i F(s_i - b) = k - ½·e^b·P + ½·e^-b·Q     P = Σ_{i<=k} e^-r_i,   Q = Σ_{i>k} e^r_i
+        edge = torch.full_like(r[..., :1], -torch.inf)
+        logP = torch.cat([edge, (-r).logcumsumexp(-1)], -1)  # (..., N+1), k = 0 … N
+        logQ = torch.cat([r.flip(-1).logcumsumexp(-1).flip(-1), edge], -1)
+        # k = how many scores, put in the place of b, leave a sum of at most K (the sum falls as b grows)
+        k = torch.arange(1, N + 1, device=s.device)
+        at_r = k - 0.5 * (logP[..., 1:] + r).exp() + 0.5 * (logQ[..., 1:] - r).exp()
+        k = ((at_r <= K) & ~r.isneginf()).sum(-1, keepdim=True)  # padding is never above b
+        logP, logQ = logP.gather(-1, k), logQ.gather(-1, k)
+        # Σ = K is a quadratic in e^b, solved in logarithms and without cancellation: with m = K - k,
+        #     e^b = Q / (m + √(m² + PQ)) = (-m + √(m² + PQ)) / P
+        m = K - k.double()
+        root = (m.abs() + (m.square() + (logP + logQ).exp()).sqrt()).log()
+        b = torch.where(m > 0, logQ - root, torch.where(m < 0, root - logP, 0.5 * (logQ - logP)))
+        x = s - b
+        alpha = torch.where(x < 0, 0.5 * x.clamp(max=0).exp(), 1 - 0.5 * (-x).clamp(max=0).exp())
+        alpha = alpha.masked_fill(s.isneginf(), 0)
+        ctx.save_for_backward(alpha)
+        ctx.tau = tau
+        return alpha.to(scores.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        alpha, = ctx.saved_tensors
+        f = torch.minimum(alpha, 1 - alpha)  # the Laplace density at s/tau - b
+        q = f / f.sum(-1, keepdim=True).clamp_min(1e-300)  # softmax(-|s/tau - b|)
+        g = grad.double()
+        # ∂L/∂s_i = (1/τ)·f_i·(g_i - Σ_j q_j g_j)
+        ds = f * (g - (q * g).sum(-1, keepdim=True)) / ctx.tau
+        return ds.to(grad.dtype), None, None
+
+
+def soft_top_k(scores, K, tau=1.0):
+    """Weights alpha in [0, 1] that sum to K, (..., N) -> (..., N), in the type of `scores`.
+
+    Differentiable in the scores, monotone, unchanged when all scores shift; tau -> 0 makes it the hard top-K.
+    A score of -inf (padding) gets exactly 0. K may be any number from 0 to N; ValueError otherwise.
+    """
+    if not 0 <= K <= scores.shape[-1]:
+        raise ValueError(f"K must lie between 0 and the {scores.shape[-1]} tokens there are, not {K}")
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, not {tau}")
+    return SoftTopK.apply(scores, K, tau)
+
+
+def whitening(X):
+    """Mean (d,) and L (d, d) with L·Lᵀ the covariance of the tokens X (..., d); float32, estimated in float64.
+
+    By eigenvalues, not Cholesky: features are low-rank. They are floored at 1e-8 of the largest, so that no
+    direction that this sample happens to lack stays free of noise. Features of one constant value have no noise.
+    """
+    X = X.reshape(-1, X.shape[-1]).double()  # (tokens, d)
+    mean = X.mean(0)
+    X = X - mean
+    values, vectors = torch.linalg.eigh(X.T @ X / len(X))
+    L = vectors * values.clamp_min(1e-8 * values[-1].clamp_min(0)).sqrt()  # columns: √λ_i · v_i
+    return mean.float(), L.float()
+
+
+def _sqrt(t):
+    """√t, with a slope of 0 below 1e-12. The true slope is infinite at 0, where it meets a zero slope of alpha."""
+    return torch.where(t > 1e-12, t.clamp_min(1e-12).sqrt(), 0)
+
+
+def vp_gate(X, alpha, mean, L, noise=None):
+    """Let a share alpha (B, N) of the information in X (B, N, d) through: the variance-preserving noise gate.
+
+    Mean and covariance of the result are those of X whatever alpha is; alpha = 1 returns X bit for bit, alpha = 0
+    leaves nothing of it. `noise` (B, N, d) is standard normal, drawn afresh when not given.
+    The papers' equation, in whitened coordinates: noise that ignores the covariance can be averaged out (README).
+    """
+    noise = torch.randn_like(X) if noise is None else noise
+    noise = (noise.to(L.dtype) @ L.T).to(X.dtype)
+    alpha = alpha.unsqueeze(-1)  # (B, N, 1)
+    a, b = _sqrt(alpha).to(X.dtype), _sqrt(1 - alpha).to(X.dtype)
+    # x̃ = μ + √α·(x - μ) + √(1-α)·L·ε   (DiffPrune's gate; written so that α = 1 gives back x exactly)
+    return a * X + (1 - a) * mean.to(X.dtype) + b * noise
+
+
+def select(scores, K):
+    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N."""
+    if not 1 <= K <= scores.shape[-1]:
+        raise ValueError(f"K must lie between 1 and the {scores.shape[-1]} tokens there are, not {K}")
+    return scores.topk(K, dim=-1).indices.sort(dim=-1).values
+
+
+if __name__ == "__main__":
+    scores = torch.tensor([3.0, 1.0, 0.5, 0.4, -2.0], dtype=torch.float64, requires_grad=True)
+    for tau in (2.0, 0.5, 0.1):
+        alpha = soft_top_k(scores, 2, tau)
+        print(f"tau {tau}: alpha", [f"{a:.3f}" for a in alpha.tolist()], f"sum {alpha.sum():.6f}")
+    weight = torch.arange(5.0, dtype=torch.float64)
+    gradient, = torch.autograd.grad((soft_top_k(scores, 2, 0.5) * weight).sum(), scores)
+    steps = 1e-6 * torch.eye(5, dtype=torch.float64)
+    numeric = (soft_top_k(scores + steps, 2, 0.5) - soft_top_k(scores - steps, 2, 0.5)) @ weight / 2e-6
+    print("gradient          ", [f"{g:+.6f}" for g in gradient.tolist()])
+    print("finite differences", [f"{g:+.6f}" for g in numeric.tolist()])
+    print("select", select(scores[None], 2).tolist())

@@ -1,0 +1,241 @@
+"""
+Train a Scorer for a frozen VLM, with next-token loss on captions and nothing else.
+
+    python train.py                            # the embedded default: a tiny LLaVA, minutes on two CPU cores
+    python train.py --data captions_train2014.json --images train2014/      # LLaVA-1.5-7B, the papers' recipe
+    python train.py --data coco.json --model data/shapes/llava --steps 20   # any COCO captions, any LLaVA
+
+No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed
+path (hard top-K, no noise, no denoiser): the bar shows its loss on held-out captions, and with a question file the
+run ends with its accuracy beside random tokens and a uniform grid.
+
+Writes to --out: scorer.safetensors (all that inference needs), denoiser.safetensors, pruner.json.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from bench import accuracy_table, mean, read_questions, retention
+from data.shapes.prepare import prepare
+from denoiser import Denoiser
+from infer import DTYPES, HERE, add_device_arguments
+from model import InputError, cli, load, read_image
+from throttler import Scorer, select, soft_top_k, vp_gate, whitening
+
+PROMPT = "Describe the image."
+# defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
+PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5)
+SHAPES = dict(model="data/shapes/llava", keep=16, steps=600, batch=48, lr=1e-3, tau_end=0.05, anneal=0.6)
+
+
+def read_coco(path, images=None):
+    """A COCO captions file as {image path: [captions]}. InputError names the field that is wrong, and the cure."""
+    path = Path(path)
+    folder = Path(images) if images else path.parent
+    try:
+        coco = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; --data takes a COCO captions file") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: is not JSON ({e}); --data takes a COCO captions file") from None
+    for field in ("images", "annotations"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(field), list) or not coco[field]:
+            raise InputError(f"{path}: has no list '{field}'; --data takes a COCO captions file, which has one")
+    try:
+        names = {image["id"]: folder / image["file_name"] for image in coco["images"]}
+        pairs = {}
+        for a in coco["annotations"]:
+            pairs.setdefault(names[a["image_id"]], []).append(str(a["caption"]).strip())
+    except (KeyError, TypeError) as e:
+        raise InputError(f"{path}: images need id and file_name, annotations the image_id of one of them and a caption "
+                         f"(here {e!r} is missing)") from None
+    for image in pairs:
+        if not image.is_file():
+            raise InputError(f"{path}: images name {image.name}, but {image} is not there; give their folder with --images")
+    return pairs
+
+
+def cosine(start, end, t):
+    """From start to end along half a cosine as t goes from 0 to 1, then end."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, t)))
+
+
+def batches(pairs, batch, seed):
+    """Endless (images, captions): every epoch all images in a new order, one of each image's captions at random."""
+    paths, generator = list(pairs), torch.Generator().manual_seed(seed)
+    queue = []
+    while True:
+        while len(queue) < batch:
+            queue += torch.randperm(len(paths), generator=generator).tolist()
+        part, queue = [paths[i] for i in queue[:batch]], queue[batch:]
+        picks = torch.rand(batch, generator=generator).tolist()
+        yield [read_image(p) for p in part], [pairs[p][int(u * len(pairs[p]))] for p, u in zip(part, picks)]
+
+
+@torch.no_grad()
+def feature_statistics(vlm, loader, images=1024, per_image=32):
+    """Whitening (mean, L) of the encoder's features, from some tokens of some training images."""
+    tokens = []
+    while sum(map(len, tokens)) < images * per_image:
+        pictures, _ = next(loader)
+        X = vlm.encode(vlm.inputs(pictures, [PROMPT] * len(pictures)))  # (B, N, d_v)
+        tokens.append(X[:, torch.randperm(X.shape[1])[:per_image]].flatten(0, 1).float())
+    return whitening(torch.cat(tokens))
+
+
+@torch.no_grad()
+def deployed_loss(vlm, scorer, held_out, K, batch):
+    """Caption loss of what is deployed: hard top-K, no noise, no denoiser."""
+    pairs, losses = [(p, captions[0]) for p, captions in held_out.items()], []
+    for at in range(0, len(pairs), batch):
+        part = pairs[at:at + batch]
+        inputs = vlm.inputs([read_image(p) for p, _ in part], [PROMPT] * len(part), [c for _, c in part])
+        X = vlm.encode(inputs)
+        losses.append(vlm.loss(inputs, X, select(scorer(X), K)).item())
+    return mean(losses)
+
+
+def write(path, content):
+    """Write tensors or JSON so that a crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix == ".safetensors":
+        save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary)
+    else:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def parse_arguments():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
+    both = lambda name: f"{PAPER[name]}; without --data {SHAPES[name]}"
+    add("--data", "COCO captions file (default: the embedded one, drawn if missing)", metavar="JSON")
+    add("--images", "folder of its images (default: the file's own)", metavar="DIR")
+    add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
+    add("--questions", "question file for the closing table (the embedded default has one)", metavar="JSONL")
+    add("--keep", f"budget K, tokens to keep ({both('keep')})", type=int, metavar="K")
+    add("--steps", f"({both('steps')})", type=int)
+    add("--batch", f"images a step ({both('batch')})", type=int)
+    add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
+    add("--tau-end", f"tau falls from 2 to this ({both('tau_end')})", type=float, metavar="TAU")
+    add("--anneal", f"… over this share of the steps ({both('anneal')})", type=float, metavar="SHARE")
+    add("--no-presence", "the papers' own training: noise only, no log alpha in the LLM's attention", action="store_true")
+    add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
+    add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
+    add_device_arguments(ap)
+    args = ap.parse_args()
+    for name, value in (PAPER if args.data else SHAPES).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.data:
+        if args.model == SHAPES["model"]:
+            args.model = str(HERE / args.model)
+        args.data = prepare() / "train.json"
+        args.questions = args.questions or prepare() / "questions.jsonl"
+    for name in ("steps", "batch", "lr", "tau_end", "anneal"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    return args
+
+
+def main():
+    start = time.time()
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+
+    # data: some images are held out, to see the deployed loss on
+    pairs = read_coco(args.data, args.images)
+    questions = read_questions(args.questions) if args.questions else None
+    n_out = min(200, max(1, len(pairs) // 20))
+    held_out = dict(list(pairs.items())[-n_out:])
+    training = dict(list(pairs.items())[:-n_out]) or held_out
+    loader = batches(training, args.batch, args.seed)
+
+    # the frozen VLM, and the two modules that learn
+    vlm = load(args.model, args.device, DTYPES[args.dtype])
+    K, N = args.keep, vlm.tokens
+    if not 1 <= K <= N:
+        raise InputError(f"--keep {K}: must be a whole number from 1 to {N}, the visual tokens of {args.model}")
+    scorer, denoiser = Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device)
+    learned = [*scorer.parameters(), *denoiser.parameters()]
+    count = {"scorer": sum(p.numel() for p in scorer.parameters()),
+             "denoiser": sum(p.numel() for p in denoiser.parameters()),
+             "vlm (frozen)": sum(p.numel() for p in vlm.model.parameters())}
+    print(f"{args.model}: {N} visual tokens, keep {K}; {len(training)} images; parameters "
+          + ", ".join(f"{k} {v:,}" for k, v in count.items()), file=sys.stderr)
+    optimizer = torch.optim.AdamW(learned, lr=args.lr)
+    mean_X, L = feature_statistics(vlm, loader, min(1024, len(training)))
+
+    curve, warned = [], False
+    bar = tqdm(range(args.steps), desc="training", dynamic_ncols=True)
+    for step in bar:
+        # schedules
+        tau = cosine(2.0, args.tau_end, step / (args.anneal * args.steps))
+        optimizer.param_groups[0]["lr"] = cosine(args.lr, 0, step / args.steps)
+
+        # forward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM
+        images, captions = next(loader)
+        inputs = vlm.inputs(images, [PROMPT] * args.batch, captions)
+        X = vlm.encode(inputs).float()  # (B, N, d_v)
+        with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype != torch.float32):
+            scores = scorer(X)  # (B, N)
+            alpha = soft_top_k(scores, K, tau)  # (B, N), each row sums to K
+            X_bar = denoiser(vp_gate(X, alpha, mean_X, L))  # (B, N, d_v)
+            loss = vlm.loss(inputs, X_bar, alpha=None if args.no_presence else alpha)
+
+        # backward: every gradient is the derivative of what ran above
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+
+        # log
+        if step % max(1, args.steps // 20) == 0 or step == args.steps - 1:
+            hardness = alpha.detach().topk(K).values.mean().item()  # must approach 1, or what is trained is not deployed
+            curve.append({"step": step, "tau": tau, "loss": loss.item(), "hardness": hardness,
+                          "deployed_loss": deployed_loss(vlm, scorer, held_out, K, args.batch)})
+        bar.set_postfix(loss=f"{loss.item():.3f}", tau=f"{tau:.2f}", hard=f"{hardness:.2f}",
+                        deployed=f"{curve[-1]['deployed_loss']:.3f}")
+    if hardness < 0.9:
+        print(f"warning: hardness {hardness:.2f} at the end: alpha is far from 0 and 1, so what was trained is not what "
+              "is deployed; train longer or end at a lower --tau-end", file=sys.stderr)
+
+    # save
+    settings = {"model": str(args.model), "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
+                "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+                "seconds": round(time.time() - start, 1), "curve": curve,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                             "transformers": transformers.__version__}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "scorer.safetensors", scorer.state_dict())
+    write(args.out / "denoiser.safetensors", {**denoiser.state_dict(), "whitening.mean": mean_X, "whitening.L": L})
+    write(args.out / "pruner.json", settings)
+    print(f"wrote {args.out}/", file=sys.stderr)
+
+    # what it is worth, on questions that training never saw
+    result = {"keep": K, "tokens": N, "hardness": round(hardness, 4), **curve[-1]}
+    if questions:
+        table = accuracy_table(vlm, scorer, questions, [K])
+        full = table[f"all {N}"]
+        result |= {"accuracy_full": mean(full.values()), "accuracy": mean(table[f"scorer {K}"].values()),
+                   **{key: retention(table[f"{row} {K}"], full) for key, row in
+                      (("retention", "scorer"), ("retention_random", "random"), ("retention_uniform", "uniform"))}}
+    print(f'next: python infer.py IMAGE "QUESTION" --pruner {args.out} --show kept.png')
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+                     | {"seconds": round(time.time() - start, 1)}))
+
+
+if __name__ == "__main__":
+    cli(main)
