@@ -1,7 +1,7 @@
 """
 Ask a VLM about a picture, with only the tokens that the scorer keeps.
 
-    python infer.py data/shapes/examples/0.jpg "What color is the star?"
+    python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
     python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
 
@@ -9,6 +9,7 @@ The scores are cut at the K-th highest: what lies above stays, at its original p
 """
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -74,32 +75,37 @@ class FirstToken:
         pass
 
 
-def picture(image, scores, keep, X, side=384):
-    """Kept patches clear and dropped ones dimmed; top-K red, bottom-K blue; cosine similarities of those 2K tokens.
+def patches(indices, N, side, value=255):
+    """A mask picture of `side` pixels: `value` on these of the N patches, 0 elsewhere."""
+    mask = torch.zeros(N, dtype=torch.uint8)
+    mask[indices] = value
+    grid = math.isqrt(N)
+    return Image.frombytes("L", (grid, grid), mask.numpy().tobytes()).resize((side, side), Image.Resampling.NEAREST)
 
-    image: PIL, as the model saw it; scores (N,), keep (K,), X (N, d). Returns a PIL image of three squares.
-    """
-    N, K = len(scores), len(keep)
-    grid = int(N ** 0.5)
 
-    def mask(indices, strength):
-        values = torch.zeros(N, dtype=torch.uint8)
-        values[indices] = strength
-        return Image.frombytes("L", (grid, grid), values.numpy().tobytes()).resize((side, side), Image.Resampling.NEAREST)
-
+def dimmed(image, keep, N, side=384):
+    """The picture as the LLM gets it: kept patches clear, dropped ones dimmed."""
     image = image.resize((side, side), Image.Resampling.BICUBIC)
-    kept = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "white"), 0.78), mask(keep, 255))
-    order = scores.argsort(descending=True)
-    top, bottom = order[:K], order[-K:]
-    colored = image.copy()
-    colored.paste((220, 30, 30), (0, 0), mask(top, 150))
-    colored.paste((40, 70, 220), (0, 0), mask(bottom, 150))
+    pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.8)
+    return Image.composite(image, pale, patches(keep, N, side))
+
+
+def picture(image, scores, keep, X, side=384):
+    """Three squares: what is kept; the top K in red and the bottom K in blue; cosine similarity of those 2K tokens.
+
+    image: PIL, as the model saw it; scores (N,), keep (K,), X (N, d).
+    """
+    N, order = len(scores), scores.argsort(descending=True)
+    top, bottom = order[:len(keep)], order[len(keep):][-len(keep):]
+    colored = image.resize((side, side), Image.Resampling.BICUBIC)
+    colored.paste((220, 30, 30), (0, 0), patches(top, N, side, 150))
+    colored.paste((40, 70, 220), (0, 0), patches(bottom, N, side, 150))
     x = F.normalize(X[torch.cat([top, bottom])].float(), dim=-1)
     cosine = ((x @ x.T).clamp(0, 1) * 255).byte()  # (2K, 2K), kept tokens first
-    matrix = Image.frombytes("L", (2 * K, 2 * K), cosine.numpy().tobytes())
+    matrix = Image.frombytes("L", cosine.shape, cosine.numpy().tobytes()).resize((side, side), Image.Resampling.NEAREST)
     matrix = ImageOps.colorize(matrix, (20, 10, 60), (250, 240, 160), mid=(210, 60, 80))
     sheet = Image.new("RGB", (3 * side + 40, side + 20), "white")
-    for i, part in enumerate((kept, colored, matrix.resize((side, side), Image.Resampling.NEAREST))):
+    for i, part in enumerate((dimmed(image, keep, N, side), colored, matrix)):
         sheet.paste(part, (10 + i * (side + 10), 10))
     return sheet
 

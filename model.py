@@ -147,7 +147,8 @@ class VLM:
         # logits at the caption only: the state before each of its tokens
         hidden = self.model.model.language_model(**sequence, use_cache=False).last_hidden_state[:, :-1]
         said = labels[:, 1:] != -100
-        return F.cross_entropy(self.model.lm_head(hidden[said]).float(), labels[:, 1:][said])
+        logits = self.model.lm_head(hidden[said])  # (words, V)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:][said])
 
     def presence_mask(self, ids, mask, log_alpha):
         """A float mask for SDPA (B, 1, L, L): causal and padding as ever, plus log alpha in the columns of the image."""

@@ -8,6 +8,7 @@ Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
     train/*.jpg, train.json         4,000 scenes, two captions each, in COCO's captions format
     test/*.jpg, questions.jsonl     300 other scenes, one question of each of five kinds a scene,
                                     in LLaVA's evaluation format plus `label` and `category`
+    examples/*.jpg                  6 scenes to try infer.py on; these are in git, the rest is not
 
 Training reads captions only; the questions are never trained on by the pruner.
 """
@@ -28,7 +29,7 @@ COLORS = {
 }
 PLACES = ["top left", "top right", "bottom left", "bottom right"]  # index: 2·(lower half) + (right half)
 NUMBERS = ["zero", "one", "two", "three"]
-SPLITS = {"train": 4000, "test": 300}
+SPLITS = {"train": 4000, "test": 300, "examples": 6}
 
 
 def draw_scene(seed):
@@ -138,7 +139,7 @@ def prepare(splits=SPLITS):
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))
             annotations += [dict(id=2 * i + j, image_id=i, caption=caption(objects, rng)) for j in range(2)]
-        else:
+        if split == "test":
             for kind, text, label in questions(objects, rng):
                 lines.append(dict(question_id=len(lines), image=name, text=text, label=label, category=kind))
     write(HERE / "train.json", json.dumps(dict(images=images, annotations=annotations)))

@@ -1,0 +1,506 @@
+"""
+Each claim of the method against something that cannot share our bug. Run: python -m pytest -q test_all.py
+
+Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
+simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
+"""
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import bench
+import infer
+import train
+from data.shapes import prepare as shapes
+from denoiser import Denoiser, DiagonalAttention
+from model import InputError, cli, load, read_image
+from throttler import Attention, Scorer, select, soft_top_k, vp_gate, whitening
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "data/shapes/llava"
+EXAMPLES = sorted((ROOT / "data/shapes/examples").glob("*.jpg"))
+QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    """The tiny LLaVA in float64, so that equalities can be tested to rounding (Llama's own norm rounds to float32)."""
+    vlm = load(TINY, dtype=torch.float64)
+    for name, norm in [(n, m) for n, m in vlm.model.named_modules() if isinstance(m, LlamaRMSNorm)]:
+        exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64).requires_grad_(False)
+        exact.load_state_dict(norm.state_dict())
+        vlm.model.set_submodule(name, exact)
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def scene(vlm):
+    """Three pictures, three questions of different lengths (so rows are padded), and their features."""
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], QUESTIONS)
+    return inputs, vlm.encode(inputs)
+
+
+# --- soft top-K -----------------------------------------------------------------------------------------------------
+
+def laplace_cdf(x):
+    return torch.where(x < 0, 0.5 * x.clamp(max=0).exp(), 1 - 0.5 * (-x).clamp(max=0).exp())
+
+
+def bisection(scores, K, tau):
+    """The same alpha by halving an interval 200 times, in float64."""
+    x = scores.double() / tau
+    finite = x[x.isfinite()]
+    low, high = finite.min() - 60, finite.max() + 60
+    for _ in range(200):
+        b = (low + high) / 2
+        low, high = (b, high) if laplace_cdf(x - b).sum() > K else (low, b)
+    return laplace_cdf(x - b), b
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.3, 0.1, 0.01])
+@pytest.mark.parametrize("N", [1, 2, 7, 144, 576, 2880])
+def test_soft_top_k_is_the_bisection(N, tau):
+    g = torch.Generator().manual_seed(N)
+    noise = torch.randn(N, generator=g, dtype=torch.float64)
+    for scores in (noise, 0 * noise, 1e4 * noise, noise.round(), noise.sign() * 1e4, torch.linspace(-1e4, 1e4, N).double()):
+        for K in {N / 3, max(1, N // 9), N - 0.5, 0.01 * N}:
+            alpha = soft_top_k(scores, K, tau)
+            assert abs(alpha.sum() - K) <= 1e-6 * K and alpha.min() >= 0 and alpha.max() <= 1
+            torch.testing.assert_close(alpha, bisection(scores, K, tau)[0], atol=1e-7, rtol=1e-6)
+            order = scores.argsort()
+            assert (alpha[order].diff() >= -1e-12).all(), "not monotone in the score"
+            torch.testing.assert_close(soft_top_k(scores + 3.0, K, tau), alpha, atol=1e-7, rtol=0)
+
+
+def test_soft_top_k_limits_padding_and_types():
+    s = torch.tensor([2.0, -1.0, 0.5, 7.0, 0.5], dtype=torch.float64)
+    assert (soft_top_k(s, 0) == 0).all() and (soft_top_k(s, 5) == 1).all()
+    padded = torch.cat([s, torch.full((3,), -torch.inf, dtype=torch.float64)]).requires_grad_()
+    for K in (0, 1, 2.5, 4.999, 5):
+        alpha = soft_top_k(padded, K, 0.5)
+        assert (alpha[5:] == 0).all() and alpha[:5].detach().equal(soft_top_k(s, K, 0.5))
+        gradient, = torch.autograd.grad((alpha * torch.arange(8)).sum(), padded)
+        assert gradient.isfinite().all() and (gradient[5:] == 0).all()
+    batch = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
+    one_by_one = torch.stack([soft_top_k(row, 7, 0.2) for row in batch.flatten(0, 1)]).view_as(batch)
+    torch.testing.assert_close(soft_top_k(batch, 7, 0.2), one_by_one, atol=1e-7, rtol=0)
+    for dtype in (torch.float16, torch.bfloat16):
+        alpha = soft_top_k(batch.to(dtype), 7, 0.2)
+        assert alpha.dtype == dtype
+        torch.testing.assert_close(alpha, soft_top_k(batch.to(dtype).double(), 7, 0.2).to(dtype), atol=0, rtol=0)
+    for K in (-1, 51, math.nan):
+        with pytest.raises(ValueError):
+            soft_top_k(batch, K)
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.5, 0.1])
+def test_soft_top_k_gradient(tau):
+    s = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: soft_top_k(s, 3.0, tau), s)
+    jacobian = torch.autograd.functional.jacobian(lambda s: soft_top_k(s, 3.0, tau), s[0])  # ∂α_i/∂s_j
+    assert jacobian.sum(0).abs().max() < 1e-12, "the budget must not change: Σ_i ∂α_i/∂s_j = 0"
+
+    def fixed_point(s):  # one Newton step from the bisection's b carries its derivative
+        x, b = s / tau, bisection(s.detach(), 3.0, tau)[1]
+        slope = 0.5 * (-(x.detach() - b).abs()).exp().sum()
+        return laplace_cdf(x - (b + (laplace_cdf(x - b).sum() - 3.0) / slope))
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(fixed_point, s[0]), atol=1e-9, rtol=1e-7)
+
+
+def test_soft_top_k_gradient_is_finite_at_extremes():
+    for scores in (torch.zeros(2880), 1e4 * torch.randn(2880), torch.tensor([1e4, 1e4, -1e4])):
+        scores.requires_grad_()
+        for K in (0, 1, 2, len(scores)):
+            gradient, = torch.autograd.grad((soft_top_k(scores, K, 0.1) * torch.randn(len(scores))).sum(), scores)
+            assert gradient.isfinite().all()
+
+
+def test_alpha_becomes_the_selection_as_tau_falls():
+    scores = torch.randn(5, 144, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    chosen = torch.zeros_like(scores).scatter(1, select(scores, 16), 1.0)
+    gaps = [(soft_top_k(scores, 16, tau) - chosen).abs().max().item() for tau in (1.0, 0.1, 1e-2, 1e-3, 1e-5)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
+    keep = select(scores, 16)
+    assert (keep.diff(dim=1) > 0).all() and keep.equal(scores.argsort(descending=True)[:, :16].sort().values)
+    for K in (0, 145):
+        with pytest.raises(ValueError):
+            select(scores, K)
+
+
+# --- the noise gate -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def features(vlm):
+    """(images, 144, 128) of a real encoder: far from normalised, and of low rank."""
+    images = [shapes.draw_scene(f"test-gate-{i}")[0] for i in range(200)]
+    return vlm.encode(vlm.inputs(images, ["?"] * len(images)))
+
+
+def covariance(X):
+    X = X.flatten(0, -2)
+    return (X - X.mean(0)).T @ (X - X.mean(0)) / len(X)
+
+
+def test_gate_preserves_mean_and_covariance(features):
+    X, (mean, L) = features, (t.double() for t in whitening(features))
+    C = covariance(X)
+    eigenvalues = torch.linalg.eigvalsh(C)
+    assert eigenvalues.sum() ** 2 / eigenvalues.square().sum() < 32, "these features should be of low effective rank"
+    torch.testing.assert_close(L @ L.T, C, atol=1e-6 * C.diagonal().max().item(), rtol=1e-4)
+    torch.manual_seed(0)
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        gated = vp_gate(X, torch.full(X.shape[:2], share, dtype=X.dtype), mean, L)
+        # 28,800 tokens: a sampling error of about 1/√28800 = 0.6 % of the scale in each entry
+        assert (covariance(gated) - C).norm() / C.norm() < 0.03
+        assert (gated.mean((0, 1)) - mean).norm() / C.trace().sqrt() < 0.02
+        if share == 0:
+            signal, rest = (X - mean).flatten(0, 1), (gated - mean).flatten(0, 1)
+            cosine = (signal * rest).sum() / (signal.norm() * rest.norm())
+            assert abs(cosine) < 0.02, "something of the token is left at alpha = 0"
+    assert vp_gate(X, torch.ones(X.shape[:2]), mean, L).equal(X), "alpha = 1 must return X bit for bit"
+
+
+def test_gate_survives_degenerate_features():
+    torch.manual_seed(0)
+    low_rank = torch.randn(40, 3) @ torch.randn(3, 16)
+    constant_channel = torch.randn(100, 16)
+    constant_channel[:, 5] = 2.5
+    for X in (low_rank, constant_channel, torch.randn(4, 16), torch.ones(10, 16)):
+        mean, L = whitening(X)
+        assert mean.isfinite().all() and L.isfinite().all()
+        assert vp_gate(X[None], torch.rand(1, len(X)), mean, L).isfinite().all()
+
+
+def test_gate_gradient_is_finite_at_both_ends():
+    torch.manual_seed(0)
+    X, (mean, L) = torch.randn(1, 6, 8), whitening(torch.randn(500, 8))
+    alpha = torch.tensor([[0.0, 1e-30, 1e-13, 0.5, 1 - 1e-7, 1.0]], requires_grad=True)
+    gradient, = torch.autograd.grad(vp_gate(X, alpha, mean, L).square().sum(), alpha)
+    assert gradient.isfinite().all() and gradient[0, 3] != 0
+
+
+def test_channel_noise_leaks_and_whitened_noise_does_not(features):
+    """The best linear reconstruction of x from x̃ explains a share alpha of the variance with whitened noise, far more
+    with independent noise of equal variance in each channel: tr(α·C·(α·C + (1-α)·D)⁻¹·C) / tr C, D = diag C."""
+    X, C, a = features.flatten(0, 1), covariance(features), 0.11
+    mean, L = (t.double() for t in whitening(features))
+    torch.manual_seed(0)
+
+    def explained(noise_factor):
+        gated = vp_gate(X[None], torch.full((1, len(X)), a, dtype=X.dtype), mean, noise_factor)[0] - mean
+        fit = gated @ torch.linalg.lstsq(gated, X - mean).solution
+        return 1 - ((X - mean - fit).square().sum() / (X - mean).square().sum()).item()
+
+    D = C.diagonal().diag()
+    closed = (a * C @ torch.linalg.solve(a * C + (1 - a) * D, C)).trace().item() / C.trace().item()
+    assert abs(explained(L) - a) < 0.02
+    assert abs(explained(D.sqrt()) - closed) < 0.02 and closed > 3 * a
+
+
+# --- the denoiser ---------------------------------------------------------------------------------------------------
+
+def test_diagonal_attention_is_attention_with_an_identity_mask():
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 11, 128), DiagonalAttention(128)
+    q, k, v = torch.randn(2, 2, 11, 64), torch.randn(2, 2, 11, 64), layer.value(x).view(2, 11, 2, 64).transpose(1, 2)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(11, dtype=torch.bool))
+    torch.testing.assert_close(layer(x), layer.out(masked.transpose(1, 2).flatten(2)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_denoiser_repairs_each_token_from_itself_alone(diagonal):
+    torch.manual_seed(0)
+    denoiser = Denoiser(16, diagonal)
+    assert denoiser(torch.ones(1, 2, 16)).equal(torch.ones(1, 2, 16)), "it starts as the identity"
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    J = torch.autograd.functional.jacobian(lambda x: denoiser(x[None])[0], torch.randn(5, 16)).abs().sum((1, 3))  # (5, 5)
+    off_diagonal = J[~torch.eye(5, dtype=torch.bool)]
+    assert (off_diagonal == 0).all() if diagonal else (off_diagonal > 0).all()
+
+
+def test_attention_is_torchs_own():
+    torch.manual_seed(0)
+    ours, stock = Attention(128), torch.nn.MultiheadAttention(128, 2, batch_first=True)
+    stock.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+                           "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias})
+    x = torch.randn(2, 9, 128)
+    torch.testing.assert_close(ours(x), stock(x, x, x)[0], atol=1e-6, rtol=1e-5)
+
+
+# --- the frozen VLM: what is deployed -------------------------------------------------------------------------------
+
+def test_keep_all_is_the_stock_model(vlm, scene):
+    inputs, X = scene
+    ours = vlm.model.generate(**vlm.embed(inputs, X), max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    stock = vlm.model.generate(**inputs, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    assert ours.sequences.equal(stock.sequences[:, inputs["input_ids"].shape[1]:])
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-9, rtol=0)
+    everything = torch.arange(vlm.tokens).expand(3, -1)
+    torch.testing.assert_close(vlm.embed(inputs, X, everything)["inputs_embeds"], vlm.embed(inputs, X)["inputs_embeds"])
+
+
+def logits_of(vlm, sequence):
+    """Logits of the prefill's last state and of each of eight decoded tokens, (8, B, V)."""
+    out = vlm.model.generate(**sequence, max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(out.logits)
+
+
+def test_pruning_is_the_full_model_with_pruned_tokens_masked(vlm, scene):
+    inputs, X = scene
+    keep = select(torch.randn(3, vlm.tokens, generator=torch.Generator().manual_seed(0)), 16)
+    pruned, full = vlm.embed(inputs, X, keep), vlm.embed(inputs, X)
+    assert pruned["inputs_embeds"].shape[1] == full["inputs_embeds"].shape[1] - vlm.tokens + 16
+    chosen = torch.zeros(3, vlm.tokens, dtype=torch.long).scatter(1, keep, 1)
+    masked = full["attention_mask"].masked_scatter(inputs["input_ids"] == vlm.image_id, chosen)
+    oracle = logits_of(vlm, {**full, "attention_mask": masked})
+    torch.testing.assert_close(logits_of(vlm, pruned), oracle, atol=1e-9, rtol=0)
+    # a deliberate mistake must be seen: positions closed up
+    closed = (pruned["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    assert (logits_of(vlm, {**pruned, "position_ids": closed}) - oracle).abs().max() > 1e-3
+
+
+def test_batched_answers_are_those_of_one_by_one(vlm, scene):
+    inputs, X = scene
+    keep = select(X.norm(dim=-1), 16)
+    batched = vlm.generate(inputs, X, keep, max_new_tokens=8)
+    alone = [vlm.generate(vlm.inputs([read_image(p)], [q]), X[i:i + 1], keep[i:i + 1], max_new_tokens=8)[0]
+             for i, (p, q) in enumerate(zip(EXAMPLES, QUESTIONS))]
+    assert batched == alone
+
+
+def test_loss_is_the_stock_loss(vlm, scene):
+    images = [read_image(p) for p in EXAMPLES[:3]]
+    captions = ["One shape.", "Two shapes: a red circle at the top left and so on.", "É"]  # any text can be encoded
+    inputs = vlm.inputs(images, [train.PROMPT] * 3, captions)
+    told = [vlm.processor.tokenizer.decode(row[row != -100]).strip() for row in inputs["labels"]]
+    assert told == [c + "</s>" for c in captions]
+    torch.testing.assert_close(vlm.loss(inputs, vlm.encode(inputs)), vlm.model(**inputs).loss.double(), atol=2e-6, rtol=0)
+
+
+def test_presence_at_0_and_1_is_the_deployed_cut(vlm, scene):
+    """log alpha in the attention: alpha of ones and zeros gives the loss of the tokens kept and dropped."""
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], [train.PROMPT] * 3, ["One shape.", "Two.", "Three shapes: a"])
+    X = vlm.encode(inputs)
+    keep = select(torch.randn(3, vlm.tokens, generator=torch.Generator().manual_seed(2)), 16)
+    alpha = torch.zeros(3, vlm.tokens, dtype=X.dtype).scatter(1, keep, 1.0)
+    torch.testing.assert_close(vlm.loss(inputs, X, alpha=alpha), vlm.loss(inputs, X, keep), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vlm.loss(inputs, X, alpha=torch.ones_like(alpha)), vlm.loss(inputs, X), atol=1e-9, rtol=0)
+
+
+# --- the whole path -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("presence", [True, False])
+def test_scorer_gradient_is_finite_differences_through_everything(vlm, presence):
+    torch.manual_seed(0)
+    scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
+    torch.nn.init.normal_(denoiser.block.mlp[-1].weight, std=0.02)
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, ["Two shapes: a red", "One"])
+    X = vlm.encode(inputs)
+    mean, L = (t.double() for t in whitening(X))
+    noise = torch.randn_like(X)
+
+    def loss():
+        alpha = soft_top_k(scorer(X), 16, 0.5)
+        X_bar = denoiser(vp_gate(X, alpha, mean, L, noise))
+        return vlm.loss(inputs, X_bar, alpha=alpha if presence else None)
+
+    loss().backward()
+    for weight in (scorer.head.weight, scorer.blocks[0].attn.qkv.weight, denoiser.block.attn.value.weight,
+                   scorer.blocks[1].mlp[0].bias):
+        direction = torch.randn_like(weight) / weight.numel() ** 0.5
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight += sign * 1e-5 * direction
+                sides.append(loss().item())
+                weight -= sign * 1e-5 * direction
+        numeric = (sides[0] - sides[1]) / 2e-5
+        assert (weight.grad * direction).sum().item() == pytest.approx(numeric, rel=1e-4, abs=1e-9)
+    assert all(p.grad is None and not p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
+
+
+# --- the embedded default -------------------------------------------------------------------------------------------
+
+def test_stock_transformers_loads_the_tiny_llava():
+    model, processor = LlavaForConditionalGeneration.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == "USER: <image>\nWhat is it? ASSISTANT:"
+    assert model.config.vision_feature_layer == -2 and (96 // model.config.vision_config.patch_size) ** 2 == 144
+    text = "A dog's “café” 日本, 100 %"
+    assert processor.tokenizer.decode(processor.tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert sum(f.stat().st_size for f in TINY.iterdir()) < 6e6
+
+
+def test_scenes_are_unambiguous_and_splits_disjoint():
+    seen = set()
+    for split in ("train", "test", "pretrain"):
+        for i in range(40):
+            image, objects = shapes.draw_scene(f"{split}-{i}")
+            seen.add(image.tobytes())
+            assert len({o["shape"] for o in objects}) == len({o["color"] for o in objects}) == len(objects)
+            answers = {kind: label for kind, _, label in shapes.questions(objects, shapes.random.Random(i))}
+            assert answers["count"] == shapes.NUMBERS[len(objects)]
+    assert len(seen) == 120
+
+
+def test_uniform_grid_and_random_keep_exactly_k():
+    X = torch.zeros(2, 144, 1)
+    assert bench.uniform_grid(X, 16)[0].tolist() == [12 * y + x for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
+    for K in range(1, 145):
+        for keep in (bench.uniform_grid(X, K), bench.random_tokens(X, K)):
+            assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < 144
+
+
+def test_the_shipped_pruner_beats_random_and_uniform():
+    rows = [dict(image=shapes.HERE / row["image"], **{k: row[k] for k in ("text", "label", "category")})
+            for row in map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines())][:500]
+    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
+    table = bench.accuracy_table(load(TINY), scorer, rows, [16])
+    kept = {name: bench.retention(by_category, table["all 144"]) for name, by_category in table.items()}
+    assert min(table["all 144"].values()) >= 0.97
+    assert kept["scorer 16"] > 92 and kept["scorer 16"] > kept["uniform 16"] + 1 > kept["random 16"] + 1
+    assert kept["random 16"] < 85
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def coco(tmp_path):
+    """A COCO captions file of the six example scenes, as a dictionary and a path."""
+    content = {"images": [dict(id=i, file_name=p.name, height=96, width=96) for i, p in enumerate(EXAMPLES)],
+               "annotations": [dict(id=i, image_id=i, caption="Two shapes.") for i in range(len(EXAMPLES))]}
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(content))
+    return content, path
+
+
+def run(main, *argv):
+    """main() under these arguments; the exit code."""
+    old, sys.argv = sys.argv, [main.__module__, *map(str, argv)]
+    try:
+        cli(main)
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+
+
+def fingerprint(model):
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+
+
+def test_train_then_infer(tmp_path, coco, capsys, monkeypatch):
+    frozen = []
+    real_load = train.load
+    monkeypatch.setattr(train, "load", lambda *a: frozen.append(real_load(*a)) or frozen[-1])
+    out = tmp_path / "out"
+    assert run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 3, "--batch", 4,
+               "--keep", 20, "--out", out, "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["keep"] == 20
+    assert fingerprint(frozen[0].model) == fingerprint(load(TINY).model), "the VLM must not change"
+    settings = json.loads((out / "pruner.json").read_text())
+    assert settings["model"] == str(TINY) and settings["keep"] == 20 and settings["curve"][-1]["step"] == 2
+    question = (EXAMPLES[0], "How many shapes are there?", "--pruner", out, "--json", "--device", "cpu")
+    assert run(infer.main, *question, "--show", tmp_path / "kept.png") == 0
+    said, err = capsys.readouterr()
+    result = json.loads(said.splitlines()[-1])
+    assert len(result["kept"]) == 20 and result["kept"] == sorted(result["kept"]) and result["tokens"] == 144
+    assert str(TINY) in err.splitlines()[0] and Image.open(tmp_path / "kept.png").size[0] > 1000
+    assert run(infer.main, *question, "--keep", "all") == 0
+    stock = load(TINY)
+    inputs = stock.inputs([read_image(EXAMPLES[0])], [question[1]])
+    ids = stock.model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1]:]
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
+    assert answer == stock.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words that the message must hold)
+    "no file": (None, ["--data", "nowhere.json"], "nowhere.json"),
+    "no annotations": (lambda c: c.pop("annotations"), [], "annotations"),
+    "no images": (lambda c: c.update(images=[]), [], "images"),
+    "unknown image id": (lambda c: c["annotations"][0].update(image_id=99), [], "image_id"),
+    "image not there": (lambda c: c["images"][0].update(file_name="gone.jpg"), [], "gone.jpg"),
+    "K = 0": (None, ["--keep", 0], "--keep"),
+    "K > N": (None, ["--keep", 145], "144"),
+    "no such model": (None, ["--model", "./no/such/folder"], "no/such/folder"),
+    "steps": (None, ["--steps", 0], "--steps"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TRAINING)
+def test_bad_training_input(what, tmp_path, coco, capsys):
+    change, arguments, words = BAD_TRAINING[what]
+    content, path = coco
+    if change:
+        change(content)
+        path.write_text(json.dumps(content))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pruner.json").write_text("mine")
+    argv = ["--data", path, "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 1, "--out", out, *arguments]
+    assert run(train.main, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert [f.name for f in out.iterdir()] == ["pruner.json"] and (out / "pruner.json").read_text() == "mine"
+
+
+def test_bad_inference_input(tmp_path, capsys):
+    text, other = tmp_path / "note.jpg", tmp_path / "other"
+    text.write_text("no picture")
+    other.mkdir()
+    train.write(other / "scorer.safetensors", Scorer(64).state_dict())
+    train.write(other / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"model_type": "bert"}')
+    good = EXAMPLES[0]
+    for argv, words in (([tmp_path / "gone.jpg"], "gone.jpg"), ([text], "note.jpg"), ([good, "--keep", 0], "--keep 0"),
+                        ([good, "--keep", 145], "144"), ([good, "--keep", "some"], "--keep some"),
+                        ([good, "--pruner", tmp_path], "pruner.json"), ([good, "--pruner", other], "64 wide"),
+                        ([good, "--model", bare], "bert"), ([good, "--model", tmp_path / "none"], "none")):
+        assert run(infer.main, argv[0], "Where is it?", *argv[1:], "--device", "cpu") == 2, argv
+        err = capsys.readouterr().err.splitlines()
+        assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2, argv
+
+
+def test_commands_run_as_scripts():
+    """In processes of their own: the two demonstrations, and every --help."""
+    for argv in (["throttler.py"], ["denoiser.py"], ["train.py", "--help"], ["infer.py", "--help"], ["bench.py", "--help"]):
+        done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and len(done.stdout.splitlines()) > (0 if argv[0] == "denoiser.py" else 5), done.stderr
+        assert done.stderr == ""
+
+
+# --- the README -----------------------------------------------------------------------------------------------------
+
+def test_readme_has_not_drifted():
+    readme = (ROOT / "README.md").read_text()
+    for name, lines in re.findall(r"\| `([\w.]+\.py)` \| (\d+) \|", readme):
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name}: the README says {lines} lines"
+    assert len(re.findall(r"\| `[\w.]+\.py` \| \d+ \|", readme)) == 7
+    code = [re.sub(r"\s+", " ", (ROOT / name).read_text()) for name in
+            ("throttler.py", "denoiser.py", "model.py", "train.py", "infer.py", "bench.py")]
+    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert snippets
+    for snippet in snippets:  # every code line of the README stands in a file
+        for line in filter(str.strip, snippet.splitlines()):
+            assert any(re.sub(r"\s+", " ", line.strip()) in text for text in code), f"not in the code: {line}"
+    for path in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme):
+        assert (ROOT / "".join(path)).exists(), path
+    results = json.loads((ROOT / "assets/results.json").read_text())
+    for row in results["rows"]:
+        cells = " | ".join([row["name"], *(f"{v:.1f}" for v in row["values"])])
+        assert cells in readme, f"the README's table differs from assets/results.json: {cells}"
