@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data.shapes.prepare import prepare
-from infer import add_common_arguments, load_pruner
+from infer import DTYPES, add_common_arguments, load_pruner
 from model import InputError, cli, load, read_image
 from throttler import select
 
@@ -118,7 +118,7 @@ def main():
     args = ap.parse_args()
     rows = read_questions(args.questions or prepare() / "questions.jsonl", args.images)
     scorer, settings = load_pruner(args.pruner)
-    vlm = load(args.model or settings["model"], args.device, args.dtype)
+    vlm = load(args.model or settings["model"], args.device, DTYPES[args.dtype])
     table = accuracy_table(vlm, scorer.to(vlm.model.device), rows, args.keep, args.seeds)
     print(json.dumps({"questions": len(rows), "tokens": vlm.tokens, "accuracy": table}))
 

@@ -20,10 +20,9 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import InputError, cli, load, read_image
+from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, select
 
-HERE = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -21,6 +21,9 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForCo
 from transformers.utils import logging
 
 
+HERE = Path(__file__).resolve().parent
+
+
 class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and the cure in one line."""
 
@@ -46,21 +49,25 @@ def read_image(path):
 
 
 def load(path_or_name, device="cpu", dtype=torch.float32):
-    """A frozen VLM from a folder or a hub name, in transformers' own format. InputError if that cannot be had."""
+    """A frozen VLM from a folder (also relative to this file) or a hub name, in transformers' own format.
+
+    InputError if there is none, or if it is of another kind than LLaVA-1.5.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = str(path_or_name)
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+    folder = next((path for path in (Path(name), HERE / name) if path.is_dir()), None)
+    if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError(f"{name}: no such model folder; give one in llava-hf's format or a hub name (owner/model)")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(folder or name)
         if config.model_type != "llava":
             raise InputError(f"{name}: model_type {config.model_type!r} in config.json is not supported; it must be 'llava'")
         if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
             raise InputError(f"{name}: config.json must have a single vision_feature_layer and "
                              "vision_feature_select_strategy 'default', as LLaVA-1.5 has")
-        model = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(name)
+        model = LlavaForConditionalGeneration.from_pretrained(folder or name, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder or name)
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise InputError(f"{name}: cannot be loaded as a model ({reason}); give a folder in llava-hf's format, "

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from bench import accuracy_table, mean, read_questions, retention
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
-from infer import DTYPES, HERE, add_device_arguments
-from model import InputError, cli, load, read_image
+from infer import DTYPES, add_device_arguments
+from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
@@ -117,6 +117,19 @@ def write(path, content):
     temporary.replace(path)
 
 
+def rounded(value, digits=4):
+    """The same value with every float in it rounded, for JSON that is read by people too."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    return round(value, digits) if isinstance(value, float) else value
+
+
+def portable(path):
+    """A path as it is written down: relative to this repository if inside it, else absolute; a hub name as it is."""
+    full = next((p.resolve() for p in (Path(path), HERE / path) if p.exists()), None)
+    return str(path if full is None else full.relative_to(HERE) if full.is_relative_to(HERE) else full)
+
+
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
@@ -140,8 +153,6 @@ def parse_arguments():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not args.data:
-        if args.model == SHAPES["model"]:
-            args.model = str(HERE / args.model)
         args.data = prepare() / "train.json"
         args.questions = args.questions or prepare() / "questions.jsonl"
     for name in ("steps", "batch", "lr", "tau_end", "anneal"):
@@ -213,9 +224,10 @@ def main():
               "is deployed; train longer or end at a lower --tau-end", file=sys.stderr)
 
     # save
-    settings = {"model": str(args.model), "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
-                "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-                "seconds": round(time.time() - start, 1), "curve": curve,
+    settings = {"model": portable(args.model), "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
+                "settings": {k: portable(v) if k in ("data", "images", "questions") and v else str(v) if k == "out" else v
+                             for k, v in vars(args).items()},
+                "curve": curve, "seconds": round(time.time() - start, 1),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "transformers": transformers.__version__}}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -225,16 +237,15 @@ def main():
     print(f"wrote {args.out}/", file=sys.stderr)
 
     # what it is worth, on questions that training never saw
-    result = {"keep": K, "tokens": N, "hardness": round(hardness, 4), **curve[-1]}
+    result = {"keep": K, "tokens": N, "seed": args.seed, "presence": not args.no_presence, **curve[-1]}
     if questions:
         table = accuracy_table(vlm, scorer, questions, [K])
-        full = table[f"all {N}"]
-        result |= {"accuracy_full": mean(full.values()), "accuracy": mean(table[f"scorer {K}"].values()),
-                   **{key: retention(table[f"{row} {K}"], full) for key, row in
-                      (("retention", "scorer"), ("retention_random", "random"), ("retention_uniform", "uniform"))}}
+        full, ours = table[f"all {N}"], table[f"scorer {K}"]
+        result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
+                   "retention_random": retention(table[f"random {K}"], full),
+                   "retention_uniform": retention(table[f"uniform {K}"], full), "by_category": table}
     print(f'next: python infer.py IMAGE "QUESTION" --pruner {args.out} --show kept.png')
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
-                     | {"seconds": round(time.time() - start, 1)}))
+    print(json.dumps(rounded({**result, "seconds": time.time() - start})))
 
 
 if __name__ == "__main__":
