@@ -117,11 +117,13 @@ def write(path, content):
     temporary.replace(path)
 
 
-def rounded(value, digits=4):
-    """The same value with every float in it rounded, for JSON that is read by people too."""
+def rounded(value):
+    """The same value with every float in it at five digits, for JSON that is read by people too."""
     if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    return round(value, digits) if isinstance(value, float) else value
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def portable(path):
@@ -233,7 +235,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "scorer.safetensors", scorer.state_dict())
     write(args.out / "denoiser.safetensors", {**denoiser.state_dict(), "whitening.mean": mean_X, "whitening.L": L})
-    write(args.out / "pruner.json", settings)
+    write(args.out / "pruner.json", rounded(settings))
     print(f"wrote {args.out}/", file=sys.stderr)
 
     # what it is worth, on questions that training never saw
