@@ -159,6 +159,19 @@ def vp_gate(X, alpha, mean, L, noise=None):
     return a * X + (1 - a) * mean.to(X.dtype) + b * noise
 
 
+def scale_gate(X, alpha):
+    """Ablation: alpha·X in place of the noise gate. A small alpha loses nothing that a denoiser cannot scale back."""
+    return alpha.unsqueeze(-1).to(X.dtype) * X
+
+
+def gumbel_top_k(scores, K, tau=1.0):
+    """Ablation: a sampled hard top-K of 0 and 1 with the gradient of the soft one (straight-through), for scale_gate."""
+    noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
+    alpha = soft_top_k(noisy, K, tau)
+    hard = torch.zeros_like(alpha).scatter(-1, noisy.topk(K, dim=-1).indices, 1.0)
+    return hard + alpha - alpha.detach()
+
+
 def select(scores, K):
     """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N."""
     if not 1 <= K <= scores.shape[-1]:

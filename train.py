@@ -30,7 +30,7 @@ from data.shapes.prepare import prepare
 from denoiser import Denoiser
 from infer import DTYPES, add_device_arguments
 from model import HERE, InputError, cli, load, read_image
-from throttler import Scorer, select, soft_top_k, vp_gate, whitening
+from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
 # defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
@@ -93,6 +93,17 @@ def feature_statistics(vlm, loader, images=1024, per_image=32):
     return whitening(torch.cat(tokens))
 
 
+def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", presence=True):
+    """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha."""
+    X = vlm.encode(inputs).float()  # (B, N, d_v)
+    with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype != torch.float32):
+        scores = scorer(X)  # (B, N)
+        alpha = (gumbel_top_k if gate == "gumbel" else soft_top_k)(scores, K, tau)  # (B, N), each row sums to K
+        X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
+        X_bar = denoiser(X_tilde)  # (B, N, d_v)
+        return vlm.loss(inputs, X_bar, alpha=alpha if presence else None), alpha
+
+
 @torch.no_grad()
 def deployed_loss(vlm, scorer, held_out, K, batch):
     """Caption loss of what is deployed: hard top-K, no noise, no denoiser."""
@@ -146,6 +157,10 @@ def parse_arguments():
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
     add("--tau-end", f"tau falls from 2 to this ({both('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({both('anneal')})", type=float, metavar="SHARE")
+    add("--gate", "vp: the noise gate; scale, gumbel: the papers' ablations (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
+    add("--noise", "whitened: with the features' covariance; channel: each channel's own variance; isotropic: one "
+        "variance for all (%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
+    add("--denoiser", "the attention in it (%(default)s)", choices=("diagonal", "global", "none"), default="diagonal")
     add("--no-presence", "the papers' own training: noise only, no log alpha in the LLM's attention", action="store_true")
     add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
     add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
@@ -181,7 +196,8 @@ def main():
     K, N = args.keep, vlm.tokens
     if not 1 <= K <= N:
         raise InputError(f"--keep {K}: must be a whole number from 1 to {N}, the visual tokens of {args.model}")
-    scorer, denoiser = Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device)
+    scorer = Scorer(vlm.width).to(args.device)
+    denoiser = Denoiser(vlm.width, args.denoiser == "diagonal").to(args.device) if args.denoiser != "none" else torch.nn.Identity()
     learned = [*scorer.parameters(), *denoiser.parameters()]
     count = {"scorer": sum(p.numel() for p in scorer.parameters()),
              "denoiser": sum(p.numel() for p in denoiser.parameters()),
@@ -190,6 +206,9 @@ def main():
           + ", ".join(f"{k} {v:,}" for k, v in count.items()), file=sys.stderr)
     optimizer = torch.optim.AdamW(learned, lr=args.lr)
     mean_X, L = feature_statistics(vlm, loader, min(1024, len(training)))
+    if args.noise != "whitened":
+        variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
+        L = (variance if args.noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
 
     curve, warned = [], False
     bar = tqdm(range(args.steps), desc="training", dynamic_ncols=True)
@@ -201,12 +220,7 @@ def main():
         # forward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM
         images, captions = next(loader)
         inputs = vlm.inputs(images, [PROMPT] * args.batch, captions)
-        X = vlm.encode(inputs).float()  # (B, N, d_v)
-        with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype != torch.float32):
-            scores = scorer(X)  # (B, N)
-            alpha = soft_top_k(scores, K, tau)  # (B, N), each row sums to K
-            X_bar = denoiser(vp_gate(X, alpha, mean_X, L))  # (B, N, d_v)
-            loss = vlm.loss(inputs, X_bar, alpha=None if args.no_presence else alpha)
+        loss, alpha = training_loss(vlm, scorer, denoiser, (mean_X, L), inputs, K, tau, args.gate, not args.no_presence)
 
         # backward: every gradient is the derivative of what ran above
         optimizer.zero_grad(set_to_none=True)
