@@ -210,7 +210,7 @@ def main():
         variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
         L = (variance if args.noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
 
-    curve, warned = [], False
+    curve = []
     bar = tqdm(range(args.steps), desc="training", dynamic_ncols=True)
     for step in bar:
         # schedules
