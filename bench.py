@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from data.shapes.prepare import prepare
-from infer import DTYPES, add_common_arguments, load_pruner
-from model import InputError, cli, load, read_image
+from infer import add_pruner_arguments, load_pruned
+from model import InputError, cli, read_image
 from throttler import select
 
 
@@ -114,12 +114,11 @@ def main():
     ap.add_argument("--images", help="folder of its images (default: the question file's own)")
     ap.add_argument("--keep", type=int, nargs="+", default=[48, 32, 16], help="budgets (%(default)s)")
     ap.add_argument("--seeds", type=int, default=3, help="random choices are averaged over this many (%(default)s)")
-    add_common_arguments(ap)
+    add_pruner_arguments(ap)
     args = ap.parse_args()
     rows = read_questions(args.questions or prepare() / "questions.jsonl", args.images)
-    scorer, settings = load_pruner(args.pruner)
-    vlm = load(args.model or settings["model"], args.device, DTYPES[args.dtype])
-    table = accuracy_table(vlm, scorer.to(vlm.model.device), rows, args.keep, args.seeds)
+    vlm, scorer, _ = load_pruned(args)
+    table = accuracy_table(vlm, scorer, rows, [vlm.budget(K) for K in args.keep], args.seeds)
     print(json.dumps({"questions": len(rows), "tokens": vlm.tokens, "accuracy": table}))
 
 

@@ -40,6 +40,7 @@ def load_pruner(folder):
     try:
         settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
         scorer = Scorer(settings["width"])
+        settings["model"], settings["keep"]  # needed later
         scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:200]
@@ -47,8 +48,8 @@ def load_pruner(folder):
     return scorer.eval().requires_grad_(False), settings
 
 
-def add_common_arguments(ap):
-    """--model, --pruner, --device, --dtype, the same for every script that uses a trained pruner."""
+def add_pruner_arguments(ap):
+    """--pruner, --model, --device, --dtype: what load_pruned needs."""
     ap.add_argument("--pruner", type=Path, default=default_pruner(), help="folder with a trained pruner (%(default)s)")
     ap.add_argument("--model", help="folder or hub name of the VLM (default: the one that the pruner was trained on)")
     add_device_arguments(ap)
@@ -59,6 +60,18 @@ def add_device_arguments(ap):
     ap.add_argument("--device", default="cuda" if gpu else "cpu", help="where to run (%(default)s)")
     ap.add_argument("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32",
                     help="number type of the frozen VLM (%(default)s)")
+
+
+def load_pruned(args):
+    """(vlm, scorer, settings) by those arguments. InputError if pruner and model do not fit together."""
+    scorer, settings = load_pruner(args.pruner)
+    name = args.model or settings["model"]
+    print(f"model {name}, pruner {args.pruner}", file=sys.stderr)
+    vlm = load(name, args.device, DTYPES[args.dtype])
+    if vlm.width != settings["width"]:
+        raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
+                         "give the pruner of this model with --pruner, or its model with --model")
+    return vlm, scorer.to(args.device), settings
 
 
 class FirstToken:
@@ -122,30 +135,18 @@ def main():
     ap.add_argument("image", help="a picture (JPEG, PNG, …)")
     ap.add_argument("question")
     ap.add_argument("--keep", help="how many visual tokens to keep, or 'all' (default: what the pruner was trained for)")
-    add_common_arguments(ap)
+    add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=64, metavar="T", help="length of the answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
     ap.add_argument("--json", action="store_true", help="last line: answer, kept, tokens and timings as JSON")
     args = ap.parse_args()
 
     image = read_image(args.image)
-    scorer, settings = load_pruner(args.pruner)
-    name = args.model or settings["model"]
-    print(f"model {name}, pruner {args.pruner}", file=sys.stderr)
-    vlm = load(name, args.device, DTYPES[args.dtype])
-    if vlm.width != settings["width"]:
-        raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
-                         "give the pruner of this model with --pruner, or its model with --model")
-    K = settings["keep"] if args.keep is None else args.keep
-    if K == "all":
-        K = vlm.tokens
-    if not str(K).isdigit() or not 1 <= int(K) <= vlm.tokens:
-        raise InputError(f"--keep {K}: must be 'all' or a whole number from 1 to {vlm.tokens}")
-    K = int(K)
-
-    scorer.to(args.device)
+    vlm, scorer, settings = load_pruned(args)
+    K = vlm.budget(args.keep or settings["keep"])
     inputs = vlm.inputs([image], [args.question])
     X = vlm.encode(inputs)  # (1, N, d_v)
+    X[0, 0, 0].item()  # waits for the encoder, so that the clock starts after it
     start = time.perf_counter()
     scores = scorer(X)  # (1, N)
     keep = select(scores, K)  # (1, K)
@@ -156,9 +157,12 @@ def main():
     select_ms, prefill_ms = 1000 * (selected - start), 1000 * (clock.calls[1] - selected)
 
     print(answer)
-    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms")
+    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (one cold run)")
     if args.show:
-        picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
+        try:
+            picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
+        except (OSError, ValueError) as e:
+            raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder that exists") from None
         print(f"wrote {args.show}")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),

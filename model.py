@@ -53,6 +53,10 @@ def load(path_or_name, device="cpu", dtype=torch.float32):
 
     InputError if there is none, or if it is of another kind than LLaVA-1.5.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device}: torch cannot use it on this machine; try --device cpu") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = str(path_or_name)
@@ -90,6 +94,13 @@ class VLM:
         old = model.generation_config
         model.generation_config = GenerationConfig(do_sample=False, bos_token_id=old.bos_token_id,
                                                    eos_token_id=old.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
+
+    def budget(self, K):
+        """K as a whole number from 1 to N, 'all' as N; InputError for anything else."""
+        K = self.tokens if K == "all" else int(K) if str(K).isdigit() else 0
+        if not 1 <= K <= self.tokens:
+            raise InputError(f"--keep must be a whole number from 1 to {self.tokens}, the visual tokens of {self.name}")
+        return K
 
     def inputs(self, images, questions, answers=None):
         """Tensors for B pictures and B questions in the model's own chat form, left-padded to length L.

@@ -331,6 +331,20 @@ def test_scorer_gradient_is_finite_differences_through_everything(vlm, presence)
     assert all(p.grad is None and not p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
 
 
+@pytest.mark.parametrize("gate", ["vp", "scale", "gumbel"])
+@pytest.mark.parametrize("recipe", ["ours", "papers"])
+def test_every_gate_and_recipe_sends_a_gradient_to_the_scorer(vlm, gate, recipe):
+    torch.manual_seed(0)
+    scorer, denoiser = Scorer(vlm.width), Denoiser(vlm.width)
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, ["Two shapes: a red", "One"])
+    statistics = whitening(vlm.encode(inputs))
+    loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, gate, recipe)
+    loss.backward()
+    torch.testing.assert_close(alpha.detach().sum(1), torch.full((2,), 16.0))
+    assert (gate == "gumbel") == bool(((alpha - alpha.round()).abs() < 1e-5).all()), "only Gumbel's choice is hard"
+    assert all(p.grad.isfinite().all() for p in scorer.parameters()) and scorer.head.weight.grad.abs().sum() > 0
+
+
 # --- the embedded default -------------------------------------------------------------------------------------------
 
 def test_stock_transformers_loads_the_tiny_llava():
@@ -437,6 +451,8 @@ BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words th
     "K > N": (None, ["--keep", 145], "144"),
     "no such model": (None, ["--model", "./no/such/folder"], "no/such/folder"),
     "steps": (None, ["--steps", 0], "--steps"),
+    "out is a file": (None, ["--out", ROOT / "LICENSE"], "--out"),
+    "no questions": (None, ["--questions", "none.jsonl"], "none.jsonl"),
 }
 
 
@@ -467,11 +483,12 @@ def test_bad_inference_input(tmp_path, capsys):
     bare.mkdir()
     (bare / "config.json").write_text('{"model_type": "bert"}')
     good = EXAMPLES[0]
-    for argv, words in (([tmp_path / "gone.jpg"], "gone.jpg"), ([text], "note.jpg"), ([good, "--keep", 0], "--keep 0"),
-                        ([good, "--keep", 145], "144"), ([good, "--keep", "some"], "--keep some"),
+    for argv, words in (([tmp_path / "gone.jpg"], "gone.jpg"), ([text], "note.jpg"), ([good, "--keep", 0], "--keep"),
+                        ([good, "--keep", 145], "144"), ([good, "--keep", "some"], "--keep"),
                         ([good, "--pruner", tmp_path], "pruner.json"), ([good, "--pruner", other], "64 wide"),
-                        ([good, "--model", bare], "bert"), ([good, "--model", tmp_path / "none"], "none")):
-        assert run(infer.main, argv[0], "Where is it?", *argv[1:], "--device", "cpu") == 2, argv
+                        ([good, "--model", bare], "bert"), ([good, "--model", tmp_path / "none"], "none"), ([good, "--show", tmp_path / "no" / "k.png"], "--show"),
+                        ([good, "--device", "cuda:77"], "--device")):
+        assert run(infer.main, argv[0], "Where is it?", "--device", "cpu", *argv[1:]) == 2, argv
         err = capsys.readouterr().err.splitlines()
         assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2, argv
 
@@ -500,7 +517,9 @@ def test_readme_has_not_drifted():
             assert any(re.sub(r"\s+", " ", line.strip()) in text for text in code), f"not in the code: {line}"
     for path in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme):
         assert (ROOT / "".join(path)).exists(), path
-    results = json.loads((ROOT / "assets/results.json").read_text())
-    for row in results["rows"]:
-        cells = " | ".join([row["name"], *(f"{v:.1f}" for v in row["values"])])
-        assert cells in readme, f"the README's table differs from assets/results.json: {cells}"
+    for run in map(json.loads, (ROOT / "assets/runs.jsonl").read_text().splitlines()):  # what train.py printed last
+        for name, by_category in run["by_category"].items():
+            numbers = [100 * a for a in by_category.values()] + [bench.retention(by_category, run["by_category"]["all 144"])]
+            who = f"{name} (seed {run['seed']}{', papers' if run['recipe'] == 'papers' else ''})" if "scorer" in name else name
+            row = f"| {who} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |"
+            assert row in readme, f"not in the README: {row}"

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -34,8 +35,8 @@ from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_g
 
 PROMPT = "Describe the image."
 # defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
-PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5)
-SHAPES = dict(model="data/shapes/llava", keep=16, steps=600, batch=48, lr=1e-3, tau_end=0.05, anneal=0.6)
+PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5, recipe="papers")
+SHAPES = dict(model="data/shapes/llava", keep=16, steps=320, batch=48, lr=1e-3, tau_end=0.008, anneal=0.6, recipe="ours")
 
 
 def read_coco(path, images=None):
@@ -93,15 +94,23 @@ def feature_statistics(vlm, loader, images=1024, per_image=32):
     return whitening(torch.cat(tokens))
 
 
-def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", presence=True):
-    """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha."""
+def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
+    """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
+
+    recipe "ours" differs in two lines, which bring what is trained closer to what is deployed:
+    tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
+    alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
+    """
     X = vlm.encode(inputs).float()  # (B, N, d_v)
-    with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype != torch.float32):
+    with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
         scores = scorer(X)  # (B, N)
-        alpha = (gumbel_top_k if gate == "gumbel" else soft_top_k)(scores, K, tau)  # (B, N), each row sums to K
+        if recipe == "ours":
+            scores = F.layer_norm(scores, scores.shape[-1:])  # (s - mean) / standard deviation
+        top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
+        alpha = top_k(scores, K, tau)  # (B, N), each row sums to K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
         X_bar = denoiser(X_tilde)  # (B, N, d_v)
-        return vlm.loss(inputs, X_bar, alpha=alpha if presence else None), alpha
+        return vlm.loss(inputs, X_bar, alpha=alpha if recipe == "ours" else None), alpha
 
 
 @torch.no_grad()
@@ -157,11 +166,12 @@ def parse_arguments():
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
     add("--tau-end", f"tau falls from 2 to this ({both('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({both('anneal')})", type=float, metavar="SHARE")
-    add("--gate", "vp: the noise gate; scale, gumbel: the papers' ablations (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
-    add("--noise", "whitened: with the features' covariance; channel: each channel's own variance; isotropic: one "
-        "variance for all (%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
-    add("--denoiser", "the attention in it (%(default)s)", choices=("diagonal", "global", "none"), default="diagonal")
-    add("--no-presence", "the papers' own training: noise only, no log alpha in the LLM's attention", action="store_true")
+    add("--recipe", "papers: the noise gate alone; ours: scores standardised, and log alpha added in the LLM's attention "
+        f"({both('recipe')})", choices=("papers", "ours"))
+    add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
+    add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
+        "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
+    add("--denoiser", "ablation of its attention (%(default)s)", choices=("diagonal", "global", "none"), default="diagonal")
     add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
     add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
     add_device_arguments(ap)
@@ -193,11 +203,14 @@ def main():
 
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, args.device, DTYPES[args.dtype])
-    K, N = args.keep, vlm.tokens
-    if not 1 <= K <= N:
-        raise InputError(f"--keep {K}: must be a whole number from 1 to {N}, the visual tokens of {args.model}")
+    K, N = vlm.budget(args.keep), vlm.tokens
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {args.out}: cannot be made ({e.strerror}); give a folder to write to") from None
     scorer = Scorer(vlm.width).to(args.device)
-    denoiser = Denoiser(vlm.width, args.denoiser == "diagonal").to(args.device) if args.denoiser != "none" else torch.nn.Identity()
+    denoiser = torch.nn.Identity() if args.denoiser == "none" else Denoiser(vlm.width, args.denoiser == "diagonal")
+    denoiser.to(args.device)
     learned = [*scorer.parameters(), *denoiser.parameters()]
     count = {"scorer": sum(p.numel() for p in scorer.parameters()),
              "denoiser": sum(p.numel() for p in denoiser.parameters()),
@@ -220,7 +233,7 @@ def main():
         # forward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM
         images, captions = next(loader)
         inputs = vlm.inputs(images, [PROMPT] * args.batch, captions)
-        loss, alpha = training_loss(vlm, scorer, denoiser, (mean_X, L), inputs, K, tau, args.gate, not args.no_presence)
+        loss, alpha = training_loss(vlm, scorer, denoiser, (mean_X, L), inputs, K, tau, args.gate, args.recipe)
 
         # backward: every gradient is the derivative of what ran above
         optimizer.zero_grad(set_to_none=True)
@@ -229,7 +242,7 @@ def main():
         optimizer.step()
 
         # log
-        if step % max(1, args.steps // 20) == 0 or step == args.steps - 1:
+        if step % max(1, args.steps // 12) == 0 or step == args.steps - 1:
             hardness = alpha.detach().topk(K).values.mean().item()  # must approach 1, or what is trained is not deployed
             curve.append({"step": step, "tau": tau, "loss": loss.item(), "hardness": hardness,
                           "deployed_loss": deployed_loss(vlm, scorer, held_out, K, args.batch)})
@@ -240,20 +253,19 @@ def main():
               "is deployed; train longer or end at a lower --tau-end", file=sys.stderr)
 
     # save
-    settings = {"model": portable(args.model), "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
-                "settings": {k: portable(v) if k in ("data", "images", "questions") and v else str(v) if k == "out" else v
-                             for k, v in vars(args).items()},
-                "curve": curve, "seconds": round(time.time() - start, 1),
+    flags = {k: portable(v) if v and k in ("model", "data", "images", "questions") else v
+             for k, v in vars(args).items() if k != "out"}
+    settings = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
+                "settings": flags, "curve": curve, "seconds": time.time() - start,
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "transformers": transformers.__version__}}
-    args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "scorer.safetensors", scorer.state_dict())
     write(args.out / "denoiser.safetensors", {**denoiser.state_dict(), "whitening.mean": mean_X, "whitening.L": L})
     write(args.out / "pruner.json", rounded(settings))
     print(f"wrote {args.out}/", file=sys.stderr)
 
     # what it is worth, on questions that training never saw
-    result = {"keep": K, "tokens": N, "seed": args.seed, "presence": not args.no_presence, **curve[-1]}
+    result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, **curve[-1]}
     if questions:
         table = accuracy_table(vlm, scorer, questions, [K])
         full, ours = table[f"all {N}"], table[f"scorer {K}"]
