@@ -36,7 +36,7 @@ from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_g
 PROMPT = "Describe the image."
 # defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
 PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5, recipe="papers")
-SHAPES = dict(model="data/shapes/llava", keep=16, steps=320, batch=48, lr=1e-3, tau_end=0.008, anneal=0.6, recipe="ours")
+SHAPES = dict(model="data/shapes/llava", keep=16, steps=320, batch=48, lr=1e-3, tau_end=0.002, anneal=0.85, recipe="ours")
 
 
 def read_coco(path, images=None):
