@@ -519,7 +519,10 @@ def test_readme_has_not_drifted():
         assert (ROOT / "".join(path)).exists(), path
     for run in map(json.loads, (ROOT / "assets/runs.jsonl").read_text().splitlines()):  # what train.py printed last
         for name, by_category in run["by_category"].items():
-            numbers = [100 * a for a in by_category.values()] + [bench.retention(by_category, run["by_category"]["all 144"])]
-            who = f"{name} (seed {run['seed']}{', papers' if run['recipe'] == 'papers' else ''})" if "scorer" in name else name
-            row = f"| {who} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |"
+            cells = [100 * a for a in by_category.values()] + [bench.retention(by_category, run["by_category"]["all 144"])]
+            who, hardness = name, ""
+            if "scorer" in name:
+                who = f"{name} (seed {run['seed']}{', papers' if run['recipe'] == 'papers' else ''})"
+                hardness = f"{run['hardness']:.2f}"
+            row = f"| {who} | " + " | ".join(f"{c:.1f}" for c in cells) + f" | {hardness} |"
             assert row in readme, f"not in the README: {row}"

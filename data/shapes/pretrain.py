@@ -1,5 +1,5 @@
 """
-Train the tiny LLaVA of the embedded default from nothing (about 40 minutes on two CPU cores with bfloat16 units).
+Train the tiny LLaVA of the embedded default from nothing (about 45 minutes on two CPU cores with bfloat16 units).
 
     python data/shapes/pretrain.py                      # writes data/shapes/llava/, in the llava-hf format
 
