@@ -160,7 +160,7 @@ class VLM:
         sequence = self.embed(inputs, X, keep)
         labels = sequence.pop("labels")
         if alpha is not None:
-            log_alpha = alpha.clamp_min(1e-8).log().to(self.model.dtype)  # softmax_j(q_i·k_j + log α_j)
+            log_alpha = alpha.clamp_min(1e-30).log().to(self.model.dtype)  # softmax_j(q_i·k_j + log α_j)
             sequence["attention_mask"] = self.presence_mask(inputs["input_ids"], sequence["attention_mask"], log_alpha)
         # logits at the caption only: the state before each of its tokens
         hidden = self.model.model.language_model(**sequence, use_cache=False).last_hidden_state[:, :-1]

@@ -24,14 +24,14 @@ def kept():
     """Six scenes: the picture, the tokens that are kept, a question, and the answers with all and with few tokens."""
     vlm, (scorer, settings) = load(SHAPES / "llava"), load_pruner(SHAPES / "pruner")
     side, K = 192, settings["keep"]
-    sheet = Image.new("RGB", (3 * (2 * side + 34), 2 * (side + 88) + 10), "white")
+    sheet = Image.new("RGB", (3 * (2 * side + 34), 2 * (side + 66)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=17)
     for i, (path, question) in enumerate(zip(sorted((SHAPES / "examples").glob("*.jpg")), ASKED)):
         inputs = vlm.inputs([read_image(path)], [question])
         X = vlm.encode(inputs)
         keep = select(scorer(X), K)
         image = seen_by_model(vlm, inputs)
-        x, y = 12 + i % 3 * (2 * side + 34), 10 + i // 3 * (side + 88)
+        x, y = 12 + i % 3 * (2 * side + 34), 10 + i // 3 * (side + 66)
         sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         sheet.paste(dimmed(image, keep[0], vlm.tokens, side), (x + side + 8, y))
         draw.text((x, y + side + 6), question, "black", font)
