@@ -45,8 +45,12 @@ def read_questions(path, images=None):
     folder = Path(images) if images else path.parent
     if not path.is_file():
         raise InputError(f"{path}: no such question file; check --questions")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); give a question file in UTF-8") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             row = {"category": "all", **row, "image": folder / row["image"], "text": row["text"], "label": row["label"]}

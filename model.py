@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
@@ -72,7 +73,7 @@ def load(path_or_name, device="cpu", dtype=torch.float32):
                              "vision_feature_select_strategy 'default', as LLaVA-1.5 has")
         model = LlavaForConditionalGeneration.from_pretrained(folder or name, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder or name)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         reason = str(e).strip().split("\n")[0]
         raise InputError(f"{name}: cannot be loaded as a model ({reason}); give a folder in llava-hf's format, "
                          "or a hub name with the network at hand") from None
@@ -155,12 +156,13 @@ class VLM:
         """Next-token loss on the labels (the caption), in nats per token.
 
         With alpha (B, N), visual token i takes part in every layer's attention with weight alpha_i: log alpha_i is
-        added to its logit as a key. At alpha = 1 it is present; at alpha = 0 it is absent, exactly as if dropped.
+        added to its logit as a key. At alpha = 1 it is present; below 1e-8 it is absent, exactly as if dropped.
         """
         sequence = self.embed(inputs, X, keep)
         labels = sequence.pop("labels")
         if alpha is not None:
-            log_alpha = alpha.clamp_min(1e-30).log().to(self.model.dtype)  # softmax_j(q_i·k_j + log α_j)
+            log_alpha = alpha.clamp_min(1e-8).log().to(self.model.dtype)  # softmax_j(q_i·k_j + log α_j)
+            log_alpha = log_alpha.masked_fill(alpha < 1e-8, torch.finfo(log_alpha.dtype).min)
             sequence["attention_mask"] = self.presence_mask(inputs["input_ids"], sequence["attention_mask"], log_alpha)
         # logits at the caption only: the state before each of its tokens
         hidden = self.model.model.language_model(**sequence, use_cache=False).last_hidden_state[:, :-1]
