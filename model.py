@@ -71,7 +71,7 @@ def load(path_or_name, device="cpu", dtype=torch.float32):
         if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
             raise InputError(f"{name}: config.json must have a single vision_feature_layer and "
                              "vision_feature_select_strategy 'default', as LLaVA-1.5 has")
-        model = LlavaForConditionalGeneration.from_pretrained(folder or name, dtype=dtype)
+        model = LlavaForConditionalGeneration.from_pretrained(folder or name, dtype=dtype, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(folder or name)
     except (OSError, ValueError, SafetensorError) as e:
         reason = str(e).strip().split("\n")[0]
