@@ -11,7 +11,9 @@ Nothing is patched: the tokens are computed, chosen and gathered here, and the s
 A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the full sequence with
 the dropped tokens masked out in every layer, and keeping all tokens exactly equal to the stock model.
 """
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,19 +36,26 @@ def cli(main):
     try:
         main()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
 
 def read_image(path):
-    """Open a picture as upright RGB. InputError if it is missing or no picture."""
+    """Open a picture as upright RGB. InputError if it is missing, no picture, or above pillow's limit of pixels."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+                    image = image.convert("I").point(lambda v: v / 257).convert("L")
+                return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: cannot be read as an image ({e}); give a JPEG or PNG file") from None
+    except Exception as e:  # a decoder may fail in any way
+        reason = " ".join(str(e).split())
+        raise InputError(f"{path}: cannot be read as an image ({reason}); give a JPEG or PNG file") from None
 
 
 def load(path_or_name, device="cpu", dtype=torch.float32):
@@ -120,7 +129,8 @@ class VLM:
             from_end = torch.arange(inputs.input_ids.shape[1] - 1, -1, -1)  # L-1 … 0
             inputs["labels"] = inputs.input_ids.where(from_end < torch.tensor(told)[:, None], -100)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return inputs.to(self.model.device)
+        # a worker process of train.py must not touch the GPU
+        return inputs if torch.utils.data.get_worker_info() else inputs.to(self.model.device)
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -149,7 +159,7 @@ class VLM:
         is_image = (ids == self.image_id) & mask
         Z = self.model.model.multi_modal_projector(X.to(self.model.dtype))  # (B, K, D)
         text = self.model.get_input_embeddings()(ids.masked_fill(ids == self.image_id, 0))  # (B, L', D)
-        embeds = text.masked_scatter(is_image[..., None], Z)  # out of place, so that gradients pass
+        embeds = text.masked_scatter(is_image[..., None], Z.to(text.dtype))  # out of place, so that gradients pass
         return {"inputs_embeds": embeds, "attention_mask": mask.long(), **rows}
 
     def loss(self, inputs, X, keep=None, alpha=None):
