@@ -42,6 +42,9 @@ def load_pruner(folder):
         scorer = Scorer(settings["width"])
         settings["model"], settings["keep"]  # needed later
         scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
+        for name, tensor in scorer.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds what is no number")
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{folder}: scorer.safetensors and pruner.json do not fit together ({reason}); train again") from None

@@ -7,15 +7,25 @@ simulation against closed forms for the gate, stock transformers and the full mo
 import hashlib
 import json
 import math
+import os
+import random
 import re
+import resource
+import signal
+import struct
 import subprocess
 import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -345,6 +355,73 @@ def test_every_gate_and_recipe_sends_a_gradient_to_the_scorer(vlm, gate, recipe)
     assert all(p.grad.isfinite().all() for p in scorer.parameters()) and scorer.head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("recipe", ["ours", "papers"])
+def test_a_step_costs_twice_the_forward(recipe):
+    """No gradient of frozen weights, logits at the caption only; and the memory plan's formula against what autograd keeps."""
+    vlm, captions = load(TINY), ["Two shapes: a red", "One"]
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, captions)
+    X = vlm.encode(inputs)
+    scorer, denoiser, statistics = Scorer(vlm.width), Denoiser(vlm.width), whitening(X)
+    learned = [*scorer.parameters(), *denoiser.parameters()]
+    fixed, kept = {p.untyped_storage().data_ptr() for p in (*vlm.model.parameters(), *learned)}, {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t  # holds it, so that no two have one address
+        return t
+
+    def flops(f):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that is counted everywhere
+            f()
+        return counter.get_total_flops()
+
+    def step():
+        train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, recipe=recipe)[0].backward()
+
+    with torch.no_grad():
+        encoder, forward = flops(lambda: vlm.encode(inputs)), flops(lambda: vlm.loss(inputs, X))
+        pruner = flops(lambda: denoiser(vp_gate(X, scorer(X).sigmoid(), *statistics)))
+        all_logits = flops(lambda: vlm.model.lm_head(torch.zeros(*inputs["input_ids"].shape, 160)))
+        assert flops(lambda: vlm.model(**inputs)) - encoder - forward > 0.8 * all_logits
+    assert flops(step) <= 2.2 * forward + encoder + 3 * pruner  # only the pruner's own weights get a gradient
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        step()
+    kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in fixed)
+    planned = float(re.search(r"about ([\d.]+) GB", vlm.memory_plan(len(learned), 2))[1]) * 1e9
+    assert 0.6 * planned < kept < 1.2 * planned
+
+
+def test_gradient_checkpointing_changes_nothing(vlm):
+    """Also with gaps in the positions, which transformers takes for packed sequences where there is no mask."""
+    inputs = vlm.inputs([read_image(EXAMPLES[0])], [train.PROMPT], ["Two shapes: a red"])
+    X, llm = vlm.encode(inputs), vlm.model.model.language_model
+    keep = select(torch.randn(1, vlm.tokens, generator=torch.Generator().manual_seed(0)), 16)
+    alpha = torch.rand(1, vlm.tokens, generator=torch.Generator().manual_seed(0), dtype=X.dtype)
+
+    def results():
+        for arguments in ({}, {"keep": keep}, {"alpha": alpha}):
+            x = X.clone().requires_grad_()
+            loss = vlm.loss(inputs, x, **arguments)
+            yield from (loss, *torch.autograd.grad(loss, x))
+
+    plain = list(results())
+    recomputed = []
+    hook = llm.layers[0].mlp.register_forward_hook(lambda *_: recomputed.append(1))
+    try:
+        vlm.recompute()
+        for ours, theirs in zip(results(), plain):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+        assert len(recomputed) == 6, "it must run twice for each loss"
+        sequence = vlm.embed(inputs, X, keep)
+        del sequence["labels"], sequence["attention_mask"]
+        trap = llm(**sequence, use_cache=False).last_hidden_state
+        sound = llm(**sequence, attention_mask=torch.ones_like(sequence["position_ids"]), use_cache=False).last_hidden_state
+        assert (trap - sound).abs().max() > 1e-3, "the trap is gone: then this test shows nothing"
+    finally:
+        hook.remove()
+        llm.gradient_checkpointing_disable()
+        vlm.model.eval()
+
+
 # --- the embedded default -------------------------------------------------------------------------------------------
 
 def test_stock_transformers_loads_the_tiny_llava():
@@ -441,17 +518,256 @@ def test_train_then_infer(tmp_path, coco, capsys, monkeypatch):
     assert answer == stock.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
+# --- a run that is stopped, split or disturbed ----------------------------------------------------------------------
+
+def tiny(coco, out, *argv):
+    """A run of six steps on the example scenes; the exit code."""
+    return run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 6, "--batch", 4,
+               "--keep", 20, "--recipe", "ours", "--eval-every", 2, "--save-every", 1, "--device", "cpu", "--out", out, *argv)
+
+
+def in_a_process(f):
+    """f() in a forked process with one thread; its exit code, or minus the signal that killed it."""
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            torch.set_num_threads(1)
+            code = f()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def later(f, calls, then):
+    """f, which calls then() instead when it has been called so many times."""
+    count = []
+
+    def wrapped(*a, **kw):
+        count.append(1)
+        return then(*a, **kw) if len(count) == calls else f(*a, **kw)
+    return wrapped
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "waiting")} for row in rows]
+
+
+def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, coco, monkeypatch):
+    assert in_a_process(lambda: tiny(coco, tmp_path / "whole")) == 0
+    kills = sorted(random.sample(range(1, 6), 3))  # the steps of the run at which it dies: in a step, then in a write
+    kill = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
+    for i, (at, before) in enumerate(zip(kills, [0, *kills])):
+        with monkeypatch.context() as patch:
+            if i < 2:
+                patch.setattr(train, "words_in", later(train.words_in, 1, kill) if at == before else train.words_in)
+                patch.setattr(train, "sum_over_processes", later(train.sum_over_processes, at - before + 1, kill))
+            else:
+                patch.setattr(os, "fsync", later(os.fsync, 2 * (at - before), kill))
+            assert in_a_process(lambda: tiny(coco, tmp_path / "killed", *["--resume"] * (i > 0))) == -signal.SIGKILL, kills
+    assert in_a_process(lambda: tiny(coco, tmp_path / "killed", "--resume", "--workers", 1)) == 0
+    for name in ("scorer", "denoiser", "checkpoint"):
+        whole, killed = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed"))
+        assert whole.keys() == killed.keys() and all(whole[k].equal(killed[k]) for k in whole), (name, kills)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed") and len(log_of(tmp_path / "whole")) == 4
+
+
+def test_processes_and_accumulation_are_the_whole_batch(tmp_path, coco):
+    """Two processes, and four parts one after the other: the gradients (Adam's moments) of the whole batch, to rounding."""
+    argv = ["--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 2, "--batch", 4, "--keep", 20,
+            "--eval-every", 1, "--device", "cpu", "--out"]
+    for i, annotation in enumerate(coco[0]["annotations"]):
+        annotation["caption"] = "Shapes:" + " red" * 3 * i  # parts of different word counts
+    coco[1].write_text(json.dumps(coco[0]))
+    two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                            ROOT / "train.py", *map(str, argv), tmp_path / "two"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run(train.main, *argv, tmp_path / "one") == run(train.main, *argv, tmp_path / "four", "--accumulate", 4) == 0
+    out, err = two.communicate()
+    assert two.returncode == 0 and len(out.splitlines()) == 2, err
+    assert "Traceback" not in err and err.count("keep 20") == 1, "one process speaks"
+    one = load_file(tmp_path / "one/checkpoint.safetensors")
+    for other in ("two", "four"):
+        moments = load_file(tmp_path / other / "checkpoint.safetensors")
+        scale = max(v.abs().max() for k, v in one.items() if "exp_avg_sq" not in k and "adam" in k and "step" not in k)
+        for k in one:
+            if k.endswith("exp_avg"):
+                assert (one[k] - moments[k]).abs().max() < 1e-4 * scale, (other, k)
+        for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / other)):
+            assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_signals_end_a_run_after_the_step(tmp_path, coco, monkeypatch, capsys):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with monkeypatch.context() as patch:
+            words = train.words_in
+            patch.setattr(train, "words_in", later(words, 2 + 1, lambda i: os.kill(os.getpid(), number) or words(i)))
+            assert tiny(coco, tmp_path / "out", "--overwrite", "--save-every", 100) == code
+        assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+        assert train.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 2
+    assert tiny(coco, tmp_path / "out", "--resume") == 0
+
+
+def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
+    """Not to another run, other settings, a full disk, or a loss that is no number."""
+    out = tmp_path / "out"
+    error = lambda: capsys.readouterr().err.splitlines()[-1]
+    assert tiny(coco, out, "--resume") == 2 and "--resume" in error()
+    assert tiny(coco, out, "--steps", 1) == 0
+    state = {f.name: f.read_bytes() for f in out.iterdir()}
+    assert tiny(coco, out) == 2 and "--overwrite" in error()
+    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--model", ROOT / "assets"), ("--lr", 1)):
+        assert tiny(coco, out, "--steps", 1, "--resume", flag, value) == 2 and error().startswith(f"error: {flag}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may become larger: a full disk, nearly
+    try:
+        assert tiny(coco, out, "--overwrite") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.safetensors: cannot be written" in error()
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == state
+    (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
+    assert tiny(coco, out, "--resume", "--steps", 1) == 2 and "checkpoint.safetensors" in error()
+    words = train.words_in
+    monkeypatch.setattr(train, "words_in", later(words, 4, lambda inputs: words(inputs) * math.nan))  # 2 steps, 1 held out
+    assert tiny(coco, out, "--overwrite") == 2
+    message = error()
+    assert "step 2: the loss is nan" in message and "holds step 2" in message
+    assert train.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
+
+
+def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
+    losses, at = iter([9.0, 1.0, 2.0, 0.5, 3.0, 3.5]), []
+    monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or (1.0, next(losses)))
+    assert tiny(coco, tmp_path, "--steps", 20, "--anneal", 0.2, "--eval-every", 2, "--patience", 2) == 0
+    out, err = capsys.readouterr()
+    assert "stopped before step 11" in err and json.loads(out.splitlines()[-1])["step"] == 6
+    assert infer.load_pruner(tmp_path)[0].head.weight.equal(at[3]) and infer.load_pruner(tmp_path)[1]["best_step"] == 6
+    log = log_of(tmp_path)
+    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 10] and [row["deployed_loss"] for row in log][-1] == 3.5
+    assert {"tau", "lr", "loss", "soft_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 2
+    colors = {color for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(10 ** 6)}
+    assert {(255, 0, 0), (0, 0, 255)} <= colors
+    assert train.best_of([dict(step=s, deployed_loss=x) for s, x in ((0, 1), (1, 2))], settled=2)["step"] == 1, "still annealing"
+
+
+def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, coco, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for p in EXAMPLES:
+        (images / p.name).write_bytes(p.read_bytes())
+    good, words = EXAMPLES[1].read_bytes(), [images / EXAMPLES[i].name for i in (1, 3)]
+    words[0].write_bytes(good[:len(good) // 2])
+    argv = ["--images", images, "--steps", 1, "--batch", 5, "--workers", 2, "--overwrite"]
+    assert tiny(coco, tmp_path / "out", *argv) == 0
+    err = capsys.readouterr().err
+    assert f"unreadable images, 1, each replaced by the next: {words[0]}" in err
+    words[1].write_bytes(b"")
+    assert tiny(coco, tmp_path / "out", *argv) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 5" in err and str(words[0]) in err and str(words[1]) in err
+    assert train.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_to_the_end(tmp_path, coco, dtype, capsys):
+    assert tiny(coco, tmp_path / "out", "--dtype", dtype, "--steps", 2, "--checkpointing", "--accumulate", 2) == 0
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "out/checkpoint.safetensors").values())
+    losses = log_of(tmp_path / "out")
+    assert tiny(coco, tmp_path / "full", "--steps", 2) == 0
+    for half, full in zip(losses, log_of(tmp_path / "full")):
+        assert half["deployed_loss"] == pytest.approx(full["deployed_loss"], rel=0.03)
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.03)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+def test_odd_images_work(tmp_path, vlm):
+    picture = read_image(EXAMPLES[0])
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    grey16 = Image.frombytes("I;16", (96, 96), b"".join(struct.pack("<H", 257 * v) for v in picture.convert("L").tobytes()))
+    palette = picture.quantize(16)
+    palette.info["transparency"] = bytes(range(16))
+    odd = {"cmyk.jpg": picture.convert("CMYK"), "palette.png": palette, "grey16.png": grey16, "grey16.tif": grey16,
+           "one.png": Image.new("RGB", (1, 1), "red"), "strip.png": Image.new("RGB", (4000, 10), "red"),
+           "column.png": Image.new("1", (1, 50)), "alpha.png": picture.convert("RGBA")}
+    for name, image in odd.items():
+        image.save(tmp_path / name)
+    picture.crop((0, 0, 96, 48)).save(tmp_path / "turned.jpg", exif=rotated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = {p.name: read_image(p) for p in sorted(tmp_path.iterdir())}
+        inputs = vlm.inputs(list(images.values()), ["?"] * len(images))
+    assert inputs["pixel_values"].shape == (len(odd) + 1, 3, 96, 96) and inputs["pixel_values"].isfinite().all()
+    assert images["turned.jpg"].size == (48, 96)
+    for name, error in (("cmyk.jpg", 30), ("palette.png", 40), ("alpha.png", 0)):
+        difference = [abs(a - b) for a, b in zip(images[name].tobytes(), picture.tobytes())]
+        assert sum(difference) / len(difference) <= error / 10, name
+    for name in ("grey16.png", "grey16.tif"):
+        assert images[name].convert("L").tobytes() == picture.convert("L").tobytes()
+
+
+def test_bad_images_are_named(tmp_path):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    png = lambda side: (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+                        + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    good = EXAMPLES[0].read_bytes()
+    for name, content in (("truncated.jpg", good[:len(good) // 2]), ("empty.jpg", b""), ("text.png", b"no picture"),
+                          ("bomb.png", png(20_000)), ("large.png", png(10_000))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: cannot be read as an image") as e, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_image(tmp_path / name)
+        assert "\n" not in str(e.value) and ("bomb" in str(e.value)) == (name in ("bomb.png", "large.png"))
+
+
+def test_bad_tensors_are_named(tmp_path):
+    write = lambda tensors: save_file(tensors, tmp_path / "scorer.safetensors")
+    train.write(tmp_path / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
+    good = {k: v.clone() for k, v in Scorer(64).state_dict().items()}
+    for change, words in ((lambda t: t.pop("head.weight"), "head.weight"), (lambda t: t.update(more=torch.ones(1)), "more"),
+                          (lambda t: t.update({"norm.weight": torch.ones(65)}), "norm.weight"),
+                          (lambda t: t["norm.bias"].fill_(math.nan), "norm.bias")):
+        tensors = {k: v.clone() for k, v in good.items()}
+        change(tensors)
+        write(tensors)
+        with pytest.raises(InputError, match=re.escape(words)) as e:
+            infer.load_pruner(tmp_path)
+        assert "scorer.safetensors" in str(e.value) and "\n" not in str(e.value)
+    (tmp_path / "scorer.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="scorer.safetensors"):
+        infer.load_pruner(tmp_path)
+
+
 BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words that the message must hold)
     "no file": (None, ["--data", "nowhere.json"], "nowhere.json"),
     "no annotations": (lambda c: c.pop("annotations"), [], "annotations"),
     "no images": (lambda c: c.update(images=[]), [], "images"),
     "unknown image id": (lambda c: c["annotations"][0].update(image_id=99), [], "image_id"),
     "image not there": (lambda c: c["images"][0].update(file_name="gone.jpg"), [], "gone.jpg"),
+    "not UTF-8": ("Zwei Würfel".encode("latin-1"), [], "UTF-8"),
+    "deep": (b"[" * 200_000, [], "JSON"),
+    "huge but wrong": (json.dumps([{"id": i} for i in range(200_000)]).encode(), [], "images"),
+    "rows of the wrong kind": (lambda c: c.update(images=list(range(9))), [], "images"),
+    "duplicate image id": (lambda c: c["images"][1].update(id=0), [], "id 0 twice"),
+    "duplicate annotation id": (lambda c: c["annotations"][1].update(id=0), [], "id 0 twice"),
+    "no caption": (lambda c: c["annotations"][3].update(caption=" "), [], "id 3: caption"),
+    "a number as caption": (lambda c: c["annotations"][3].update(caption=3), [], "id 3: caption"),
+    "long caption": (lambda c: c["annotations"][2].update(caption="red " * 2000), [], "00002.jpg"),
+    "image token": (lambda c: c["annotations"][2].update(caption="an <image> here"), [], "<image>"),
+    "out of the folder": (lambda c: c["images"][0].update(file_name="../llava/config.json"), [], "../llava/config.json"),
+    "absolute path": (lambda c: c["images"][0].update(file_name="/etc/hosts"), [], "/etc/hosts"),
+    "one image": (lambda c: c.update(annotations=c["annotations"][:1]), [], "two"),
     "K = 0": (None, ["--keep", 0], "--keep"),
     "K > N": (None, ["--keep", 145], "144"),
     "no such model": (None, ["--model", "./no/such/folder"], "no/such/folder"),
     "steps": (None, ["--steps", 0], "--steps"),
     "out is a file": (None, ["--out", ROOT / "LICENSE"], "--out"),
+    "batch in too many parts": (None, ["--batch", 2, "--accumulate", 3], "--accumulate"),
+    "patience": (None, ["--patience", -1], "--patience"),
+    "holds a run": (None, ["--out", ROOT / "data/shapes/pruner"], "--overwrite"),
     "no questions": (None, ["--questions", "none.jsonl"], "none.jsonl"),
 }
 
@@ -460,13 +776,16 @@ BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words th
 def test_bad_training_input(what, tmp_path, coco, capsys):
     change, arguments, words = BAD_TRAINING[what]
     content, path = coco
-    if change:
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    elif change:
         change(content)
         path.write_text(json.dumps(content))
     out = tmp_path / "out"
     out.mkdir()
     (out / "pruner.json").write_text("mine")
-    argv = ["--data", path, "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 1, "--out", out, *arguments]
+    argv = ["--data", path, "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 1, "--out", out,
+            *(["--overwrite"] if what != "holds a run" else []), *arguments]
     assert run(train.main, *argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err

@@ -3,6 +3,7 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
 
     python train.py                            # the embedded default: a tiny LLaVA, minutes on two CPU cores
     python train.py --data captions_train2014.json --images train2014/      # LLaVA-1.5-7B, the papers' recipe
+    torchrun --nproc_per_node 8 train.py --data …                           # the same on eight GPUs
     python train.py --data coco.json --model data/shapes/llava --steps 20   # any COCO captions, any LLaVA
 
 No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed
@@ -10,16 +11,14 @@ path (hard top-K, no noise, no denoiser): the bar shows its loss on held-out cap
 run ends with its accuracy beside random tokens and a uniform grid.
 
 Writes to --out: scorer.safetensors (all that inference needs), denoiser.safetensors, pruner.json; log.jsonl and
-curve.png; checkpoint.safetensors, from which --resume goes on bit for bit. Several GPUs: torchrun --nproc_per_node 8 train.py …
+curve.png; checkpoint.safetensors, from which --resume goes on bit for bit.
 """
 import argparse
 import atexit
-import functools
 import json
 import math
 import os
 import platform
-import random
 import signal
 import sys
 import time
@@ -32,141 +31,28 @@ import transformers
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bench import accuracy_table, mean, read_questions, retention
+from data.coco import Captions, check_fit, generator, load_batches, read_coco
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
 from infer import DTYPES, add_device_arguments
-from model import HERE, InputError, cli, load, read_image
+from model import HERE, InputError, cli, load
 from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
 # defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
-PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5, recipe="papers")
+PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5,
+             recipe="papers")
 SHAPES = dict(model="data/shapes/llava", keep=16, steps=320, batch=48, lr=1e-3, tau_end=0.002, anneal=0.85, recipe="ours")
-# what --resume may change: the run stays the same, to rounding
-FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}
+FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}  # on --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-
-
-def read_coco(path, images=None):
-    """A COCO captions file as {image path: [captions]}. InputError names the field that is wrong, and the cure."""
-    path = Path(path)
-    folder = Path(images) if images else path.parent
-    root = os.path.realpath(folder)
-    try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; --data takes a COCO captions file") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: is not JSON in UTF-8 ({e}); --data takes a COCO captions file") from None
-    for field in ("images", "annotations"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(field), list) or not coco[field]:
-            raise InputError(f"{path}: has no list '{field}'; --data takes a COCO captions file, which has one")
-    names, pairs = {}, {}
-    try:
-        for row in coco["images"]:
-            if row["id"] in names:
-                raise InputError(f"{path}: images have the id {row['id']!r} twice; give each its own")
-            names[row["id"]] = folder / row["file_name"]
-            if not os.path.realpath(names[row["id"]]).startswith(os.path.join(root, "")):
-                raise InputError(f"{path}: images: file_name {row['file_name']!r} leads out of {folder}; "
-                                 "all must lie under --images")
-        for number, row in enumerate(coco["annotations"]):
-            where = f"annotations: id {row.get('id', f'(number {number})')}"
-            if row["image_id"] not in names:
-                raise InputError(f"{path}: {where}: image_id {row['image_id']!r} is none of the images; add it or drop this one")
-            if not isinstance(row["caption"], str) or not row["caption"].strip():
-                raise InputError(f"{path}: {where}: caption must be text, and not empty; fill it in or drop this one")
-            pairs.setdefault(names[row["image_id"]], []).append(row["caption"].strip())
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise InputError(f"{path}: images need id and file_name, annotations image_id and caption ({e!r})") from None
-    ids = [row["id"] for row in coco["annotations"] if isinstance(row.get("id"), (int, str))]
-    if len(set(ids)) < len(ids):
-        twice = next(i for k, i in enumerate(sorted(ids, key=str)[1:]) if i == sorted(ids, key=str)[k])
-        raise InputError(f"{path}: annotations have the id {twice!r} twice; give each its own")
-    for image in pairs:
-        if not image.is_file():
-            raise InputError(f"{path}: images name {image.name}, but {image} is not there; give their folder with --images")
-    if len(pairs) < 2:
-        raise InputError(f"{path}: annotations describe one image only; at least two are needed, since one is held out")
-    return pairs
-
-
-def check_lengths(vlm, path, pairs):
-    """InputError for a caption that does not fit into the model's context. A token is a byte at least, so few need counting."""
-    context, tokenizer = vlm.model.config.get_text_config().max_position_embeddings, vlm.processor.tokenizer
-    room = context - vlm.tokens - 2 - len(tokenizer(PROMPT).input_ids) - 30  # 30 for the chat's own words
-    for image, captions in pairs.items():
-        for caption in captions:
-            if len(caption.encode()) > room and len(tokenizer(caption).input_ids) > room:
-                raise InputError(f"{path}: a caption of {image.name} ({caption[:30]!r} …) is longer than the {room} tokens that "
-                                 "the model's context leaves; shorten it")
-            if vlm.processor.image_token in caption:
-                raise InputError(f"{path}: a caption of {image.name} has {vlm.processor.image_token} in it; take it out")
 
 
 def cosine(start, end, t):
     """From start to end along half a cosine as t goes from 0 to 1, then end."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, t)))
-
-
-def generator(*key, device="cpu"):
-    """A generator of its own for each key: what is drawn depends on nothing that ran before, so a step is all to resume from."""
-    return torch.Generator(device).manual_seed(random.Random(str(key)).getrandbits(63))
-
-
-class Captions(Dataset):
-    """Sample g of a run is a pure function of (seed, g): (g, image, caption, paths that could not be read).
-
-    Every epoch has all training images in a new order, with one of each image's captions at random; g = -1, -2, … are the
-    held-out images with their first caption. In place of an unreadable image the next one is taken.
-    """
-
-    def __init__(self, training, held_out, seed):
-        self.training, self.held_out, self.seed = training, held_out, seed
-        self.order = functools.lru_cache(2)(self.order)
-
-    def order(self, epoch):
-        return torch.randperm(len(self.training), generator=generator(self.seed, "epoch", epoch)).tolist()
-
-    def __getitem__(self, g):
-        items, at, u, bad = self.held_out, -1 - g, 0.0, []
-        if g >= 0:
-            items, u = self.training, random.Random(f"{self.seed} caption {g}").random()
-            at = self.order(g // len(items))[g % len(items)]
-        for k in range(min(100, len(items))):
-            path, captions = items[(at + k) % len(items)]
-            try:
-                return g, read_image(path), captions[int(u * len(captions))], bad
-            except InputError:
-                bad.append(str(path))
-        return g, None, "", bad
-
-
-def load_batches(vlm, dataset, batches, workers, skipped):
-    """For each list of sample numbers: (those numbers, the VLM's inputs, how many images could not be read).
-
-    Pictures are decoded, resized and tokenised in worker processes; `skipped` (a set) gathers the unreadable ones.
-    """
-    def collate(samples):
-        g, images, captions, bad = zip(*samples)
-        inputs = None if None in images else dict(vlm.inputs(list(images), [PROMPT] * len(g), list(captions)))
-        return g, inputs, sum(bad, [])
-
-    def ignore_signals(worker):  # the main process decides when to stop
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    # fork: a worker shares the model's memory, and never touches the GPU
-    for g, inputs, bad in DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                                     multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals):
-        skipped.update(bad)
-        if inputs is None:
-            raise InputError(f"{bad[-1]}: cannot be read as an image, like {len(bad) - 1} before it; check --images")
-        yield g, {name: t.to(vlm.model.device) for name, t in inputs.items()}, len(bad)
 
 
 @torch.no_grad()
@@ -180,11 +66,11 @@ def feature_statistics(vlm, batches, seed, per_image=32):
 
 
 def with_noise(graph, samples, seed):
-    """The arguments of training_loss with ε (B, N, d_v) among the statistics, drawn for each sample by its number alone:
-    the same however a batch is split."""
+    """training_loss's first arguments, with ε (B, N, d_v) among the statistics. It is drawn for each sample by its number
+    alone, so it is the same however a batch is split over steps and processes, and after a resume."""
     vlm, scorer, denoiser, statistics = graph
     device = vlm.model.device
-    torch.manual_seed(generator(seed, "gumbel", samples[0]).initial_seed())
+    torch.manual_seed(generator(seed, "gumbel", samples[0]).initial_seed())  # that gate draws its own
     noise = [torch.randn(vlm.tokens, vlm.width, device=device, generator=generator(seed, "noise", g, device=device))
              for g in samples]
     return vlm, scorer, denoiser, (*statistics, torch.stack(noise))
@@ -215,9 +101,8 @@ def words_in(inputs):
 
 
 def sum_over_processes(*tensors):
-    if dist.is_initialized():
-        for t in tensors:
-            dist.all_reduce(t)
+    for t in tensors if WORLD > 1 else ():
+        dist.all_reduce(t)
 
 
 @torch.no_grad()
@@ -235,34 +120,32 @@ def held_out_losses(graph, batches, K, tau, args):
 
 
 def write(path, content, note=None):
-    """Write tensors, JSON, lines of JSON or a picture; a crash or a full disk leaves the old file or the new one, never half."""
+    """Write tensors, JSON, lines of JSON or a picture; a crash or a full disk leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         if path.suffix == ".safetensors":
             save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
         elif path.suffix == ".png":
             content.save(temporary, "PNG")
+        elif path.suffix == ".jsonl":
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in content))
         else:
-            lines = [json.dumps(line) for line in content] if path.suffix == ".jsonl" else [json.dumps(content, indent=1)]
-            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as e:
-        if temporary.is_symlink() or temporary.is_file():
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({e}); make room, or give another --out; what was there is as it was") from None
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e}); make room there or give another --out") from None
 
 
 def read_checkpoint(path):
-    """(tensors, state) as main() wrote them, in one file, so that they always belong together."""
-    if not path.is_file():
-        raise InputError(f"--resume: no {path}; leave --resume away to start from the beginning")
+    """(tensors, state): all of a run in one file, so that its pieces always belong together."""
     try:
         with safe_open(path, "pt") as file:
             return load_file(path), json.loads(file.metadata()["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise InputError(f"{path}: is no checkpoint of train.py ({e}); start again with --overwrite") from None
+        raise InputError(f"--resume: {path} cannot be read ({e}); leave --resume away to start a run") from None
 
 
 def best_of(curve, settled):
@@ -272,36 +155,18 @@ def best_of(curve, settled):
 
 
 def draw(curve, w=640, h=360):
-    """The held-out losses over the steps: deployed in red, soft in blue."""
-    image = Image.new("RGB", (w, h), "white")
-    pen, last = ImageDraw.Draw(image), max(1, curve[-1]["step"])
-    top = max(e[name] for e in curve for name in ("soft_loss", "deployed_loss"))
+    """The held-out losses over the steps, soft in blue and deployed in red."""
+    image, series = Image.new("RGB", (w, h), "white"), {"soft_loss": "blue", "deployed_loss": "red"}
+    pen, last, top = ImageDraw.Draw(image), max(1, curve[-1]["step"]), max(e[name] for e in curve for name in series)
     at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
     pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
-    for i, (name, color) in enumerate((("soft_loss", "blue"), ("deployed_loss", "red"))):
-        points = [at(e["step"], e[name]) for e in curve]
-        pen.line(points, fill=color, width=2)
-        for x, y in points:
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
-        pen.text((60 + 150 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
+    pen.text((w - 90, h - 22), f"step {last}", fill="black")
     for value in (0, top / 2, top):
         pen.text((8, at(0, value)[1] - 6), f"{value:.2f}", fill="black")
-    pen.text((w - 110, h - 22), f"step {last}", fill="black")
+    for i, (name, color) in enumerate(series.items()):
+        pen.line([at(e["step"], e[name]) for e in curve], fill=color, width=2)
+        pen.text((60 + 150 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
     return image
-
-
-def memory_plan(vlm, learned, B, checkpointing):
-    """One line: bytes at a step's peak, for B images at once and captions of 20 tokens."""
-    c, size, L = vlm.model.config.get_text_config(), vlm.model.dtype.itemsize, vlm.tokens + 40
-    # A frozen linear map keeps nothing for the backward pass. Per token and layer there stay two norms' inputs in float32
-    # (8·D bytes), q, k, v and the attention's output (4·D), and three tensors of the feed-forward's width (3·F).
-    layer = 8 * c.hidden_size + (4 * c.hidden_size + 3 * c.intermediate_size) * size
-    layers = c.num_hidden_layers
-    kept = L * (layers * c.hidden_size * size + layer if checkpointing else layers * layer)
-    kept += 60 * vlm.tokens * vlm.width * size + 20 * c.vocab_size * (size + 8)  # three blocks, about 20 widths each; logits
-    frozen = sum(p.numel() * p.element_size() for p in vlm.model.parameters())
-    return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * sum(p.numel() for p in learned) / 1e9:.2f} GB (weights, "
-            f"gradients, AdamW); activations about {B * kept / 1e9:.2f} GB for {B} images of {L} tokens at once")
 
 
 def rounded(value):
@@ -330,8 +195,8 @@ def parse_arguments():
     add("--keep", f"budget K, tokens to keep ({both('keep')})", type=int, metavar="K")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
-    add("--accumulate", "split each GPU's share of the batch in this many parts, to fit its memory (%(default)s)", type=int, default=1)
-    add("--checkpointing", "recompute the LLM's activations in the backward pass: a third slower, far less memory", action="store_true")
+    add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
+    add("--checkpointing", "recompute activations in the backward pass: slower, far less memory", action="store_true")
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
     add("--tau-end", f"tau falls from 2 to this ({both('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({both('anneal')})", type=float, metavar="SHARE")
@@ -347,24 +212,21 @@ def parse_arguments():
     add("--overwrite", "replace the run that is in --out", action="store_true")
     add("--save-every", "steps between checkpoints (%(default)s)", type=int, default=100, metavar="STEPS")
     add("--eval-every", "steps between evaluations on held-out captions (a twelfth of the run)", type=int, metavar="STEPS")
-    add("--patience", "stop after this many evaluations without a lower deployed loss, counted once tau is at its end; 0 never, "
-        "since the best is kept anyway (%(default)s)", type=int, default=0, metavar="N")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--patience", "stop after this many evaluations without a lower deployed loss, once tau is at its end (0: never; "
+        "the best is kept anyway)", type=int, default=0, metavar="N")
+    cpus = os.cpu_count()
     add("--workers", "processes that read pictures (%(default)s)", type=int, default=min(4, cpus // 2) if cpus > 2 else 0)
     add_device_arguments(ap)
     args = ap.parse_args()
     for name, value in (PAPER if args.data else SHAPES).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.data:
-        args.data, args.questions = prepare() / "train.json", args.questions or prepare() / "questions.jsonl"
     args.eval_every = args.eval_every or max(1, args.steps // 12)
-    for name in ("steps", "batch", "lr", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
-        if not getattr(args, name) > 0:
+    for name in ("steps", "batch", "lr", "tau_end", "anneal", "accumulate", "save_every", "eval_every", "patience", "workers"):
+        if not (getattr(args, name) > 0 or getattr(args, name) == 0 and name in ("patience", "workers")):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("patience", "workers"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be below 0")
+    if WORLD * args.accumulate > args.batch:
+        raise InputError(f"--batch {args.batch}: cannot be split in {WORLD * args.accumulate} (processes x --accumulate)")
     return args
 
 
@@ -372,18 +234,21 @@ def main():
     start = time.time()
     args = parse_arguments()
 
-    # processes: one, or torchrun's; each takes its parts of every batch, the first one writes and speaks
-    parts = WORLD * args.accumulate
-    if parts > args.batch:
-        raise InputError(f"--batch {args.batch}: cannot be split in {parts} parts (processes times --accumulate)")
+    # processes: one, or those of torchrun; each takes its parts of every batch, the first one writes and speaks
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
+    parts = WORLD * args.accumulate
     say = lambda text: RANK or tqdm.write(text, file=sys.stderr)
 
     # data: some images are held out, to see the deployed loss on
+    if not args.data:
+        for turn in range(min(2, WORLD)):  # the first process draws the scenes, if need be
+            folder = prepare() if turn == min(1, RANK) else None or HERE / "data/shapes"
+            sum_over_processes(torch.zeros(1, device=args.device))
+        args.data, args.questions = folder / "train.json", args.questions or folder / "questions.jsonl"
     pairs = read_coco(args.data, args.images)
     questions = read_questions(args.questions) if args.questions else None
     n_out = min(200, max(1, len(pairs) // 20))
@@ -399,22 +264,19 @@ def main():
         tensors, state = read_checkpoint(checkpoint)
         for k in flags.keys() - FREE:
             if state["settings"].get(k) != flags[k]:
-                raise InputError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has {state['settings'].get(k)}; "
-                                 "--resume needs the same")
+                raise InputError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has "
+                                 f"{state['settings'].get(k)}; --resume needs the same")
     elif old and not args.overwrite:
-        raise InputError(f"--out {args.out}: holds a run ({old[0].name}); go on with --resume or replace it with --overwrite")
+        raise InputError(f"--out {args.out}: holds a run ({old[0].name}); --resume goes on, --overwrite replaces it")
 
     # the frozen VLM, and the two modules that learn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
     torch.manual_seed(args.seed)
     vlm = load(args.model, args.device, DTYPES[args.dtype])
     K, N = vlm.budget(args.keep), vlm.tokens
-    check_lengths(vlm, args.data, pairs)
-    if args.checkpointing:  # transformers recomputes in train mode only, which must change nothing else: no dropout
-        llm = vlm.model.model.language_model.train()
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in llm.modules():
-            module.attention_dropout = 0.0
+    check_fit(vlm, args.data, pairs, PROMPT)
+    if args.checkpointing:
+        vlm.recompute()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -422,16 +284,15 @@ def main():
     scorer = Scorer(vlm.width)
     denoiser = torch.nn.Identity() if args.denoiser == "none" else Denoiser(vlm.width, args.denoiser == "diagonal")
     pruner = torch.nn.ModuleDict({"scorer": scorer, "denoiser": denoiser}).to(args.device)
-    learned = list(pruner.parameters())
+    learned, at_once = list(pruner.parameters()), math.ceil(args.batch / parts)
     count = {name: sum(p.numel() for p in module.parameters())
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
     say(f"{args.model}: {N} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
-    at_once = math.ceil(args.batch / parts)
-    say(memory_plan(vlm, learned, at_once, args.checkpointing))
+    say(vlm.memory_plan(sum(p.numel() for p in learned), at_once, args.checkpointing))
     optimizer = torch.optim.AdamW(learned, lr=args.lr)
     skipped = set(state["skipped"])
-    loader = lambda batches: load_batches(vlm, data, batches, args.workers, skipped)
+    loader = lambda batches: load_batches(vlm, data, batches, PROMPT, args.workers, skipped)
 
     # where the run stands: what is random depends on the seed and the step alone, so no generator need be saved
     if args.resume:
@@ -502,7 +363,8 @@ def main():
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             hardness = alpha.detach().topk(K).values.mean(1).sum()  # must approach 1, or what is trained is not deployed
-            totals += torch.stack([loss.detach() * words, words, hardness, *totals.new_tensor([unreadable, len(signals)])])
+            counts = totals.new_tensor([unreadable, len(signals)])
+            totals += torch.cat([torch.stack([loss.detach() * words, words, hardness]), counts])
         sum_over_processes(totals, *(p.grad for p in learned))
         loss, words, hardness, unreadable, stop = totals.tolist()
         loss, hardness = loss / words, hardness / args.batch
@@ -510,8 +372,8 @@ def main():
             p.grad /= words
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0).item()
         if not math.isfinite(loss + norm):
-            raise InputError(f"step {step}: the loss is {loss}, its gradient {norm}; {checkpoint} holds step {state['step']}; "
-                             "try a lower --lr or --dtype float32")
+            raise InputError(f"step {step}: the loss is {loss}, its gradient {norm}; {checkpoint} holds step "
+                             f"{state['step']}; try a lower --lr or --dtype float32")
         optimizer.step()
 
         # evaluate, log, keep the best
@@ -526,10 +388,12 @@ def main():
                 if best_of(curve, settled) is curve[-1]:
                     write(args.out / "scorer.safetensors", scorer.state_dict())
                     write(args.out / "denoiser.safetensors", {**denoiser.state_dict(), **whitened})
+                versions = {"python": platform.python_version(), "torch": torch.__version__,
+                            "transformers": transformers.__version__}
                 write(args.out / "pruner.json", rounded({
-                    "model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count, "settings": flags,
-                    "best_step": best_of(curve, settled)["step"], "curve": curve, "seconds": seconds(), "versions": {
-                        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}))
+                    "model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
+                    "settings": flags, "best_step": best_of(curve, settled)["step"], "curve": curve, "seconds": seconds(),
+                    "versions": versions}))
                 write(args.out / "log.jsonl", rounded(curve))
                 write(args.out / "curve.png", draw(curve))
             waited, mark = 0.0, time.time()
@@ -542,8 +406,8 @@ def main():
         if (step + 1) % args.save_every == 0 or last or stop or too_many:
             save()
         if too_many:
-            raise InputError(f"--images: {state['unreadable']} of {(step + 1) * args.batch} images could not be read, more than "
-                             f"1 % ({', '.join(sorted(skipped)[:5])} …); repair them, then --resume")
+            raise InputError(f"--images: {state['unreadable']} of {(step + 1) * args.batch} images could not be read, more "
+                             f"than 1 % ({', '.join(sorted(skipped)[:5])}); repair them, then --resume")
         if stop:
             bar.close()
             say(f"stopped by a signal after step {step}; the same command with --resume goes on from there")
@@ -556,7 +420,7 @@ def main():
         say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1, so what was trained is not "
             "what is deployed; train longer or end at a lower --tau-end")
     if skipped:
-        say(f"{len(skipped)} unreadable images were replaced by the next ones: {', '.join(sorted(skipped))}")
+        say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)
     say(f"wrote {args.out}/ (step {best['step']})")
 
