@@ -44,7 +44,8 @@ def cli(main):
 def read_image(path):
     """Open a picture as upright RGB. InputError if it is missing, no picture, or above pillow's limit of pixels."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
@@ -107,10 +108,11 @@ class VLM:
 
     def recompute(self):
         """Gradient checkpointing: the backward pass computes the LLM's activations again instead of keeping them."""
-        llm = self.model.model.language_model.train()  # transformers does it in train mode only, which must change
-        for module in llm.modules():                   # nothing else: no dropout
+        llm = self.model.model.language_model.train()  # transformers does it in train mode only; no dropout, though
+        for module in llm.modules():
             module.attention_dropout = 0.0
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the first is transformers' new name for the second
+        getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def memory_plan(self, learned, B, recompute=False):
         """A line on the bytes of a training step with B images at once, captions of 20 tokens, and learned parameters."""

@@ -405,7 +405,7 @@ def test_gradient_checkpointing_changes_nothing(vlm):
 
     plain = list(results())
     recomputed = []
-    hook = llm.layers[0].mlp.register_forward_hook(lambda *_: recomputed.append(1))
+    hook = llm.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
     try:
         vlm.recompute()
         for ours, theirs in zip(results(), plain):
@@ -418,8 +418,7 @@ def test_gradient_checkpointing_changes_nothing(vlm):
         assert (trap - sound).abs().max() > 1e-3, "the trap is gone: then this test shows nothing"
     finally:
         hook.remove()
-        llm.gradient_checkpointing_disable()
-        vlm.model.eval()
+        vlm.model.eval()  # which turns it off
 
 
 # --- the embedded default -------------------------------------------------------------------------------------------
@@ -689,12 +688,11 @@ def test_odd_images_work(tmp_path, vlm):
     rotated[0x0112] = 6
     grey16 = Image.frombytes("I;16", (96, 96), b"".join(struct.pack("<H", 257 * v) for v in picture.convert("L").tobytes()))
     palette = picture.quantize(16)
-    palette.info["transparency"] = bytes(range(16))
     odd = {"cmyk.jpg": picture.convert("CMYK"), "palette.png": palette, "grey16.png": grey16, "grey16.tif": grey16,
            "one.png": Image.new("RGB", (1, 1), "red"), "strip.png": Image.new("RGB", (4000, 10), "red"),
            "column.png": Image.new("1", (1, 50)), "alpha.png": picture.convert("RGBA")}
     for name, image in odd.items():
-        image.save(tmp_path / name)
+        image.save(tmp_path / name, **({"transparency": bytes(range(16))} if name == "palette.png" else {}))
     picture.crop((0, 0, 96, 48)).save(tmp_path / "turned.jpg", exif=rotated)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -702,9 +700,9 @@ def test_odd_images_work(tmp_path, vlm):
         inputs = vlm.inputs(list(images.values()), ["?"] * len(images))
     assert inputs["pixel_values"].shape == (len(odd) + 1, 3, 96, 96) and inputs["pixel_values"].isfinite().all()
     assert images["turned.jpg"].size == (48, 96)
-    for name, error in (("cmyk.jpg", 30), ("palette.png", 40), ("alpha.png", 0)):
-        difference = [abs(a - b) for a, b in zip(images[name].tobytes(), picture.tobytes())]
-        assert sum(difference) / len(difference) <= error / 10, name
+    for name, of, error in (("cmyk.jpg", picture, 3), ("palette.png", palette, 0), ("alpha.png", picture, 0)):
+        difference = [abs(a - b) for a, b in zip(images[name].tobytes(), of.convert("RGB").tobytes())]
+        assert sum(difference) / len(difference) <= error, name
     for name in ("grey16.png", "grey16.tif"):
         assert images[name].convert("L").tobytes() == picture.convert("L").tobytes()
 
