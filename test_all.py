@@ -629,10 +629,10 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
     assert tiny(coco, out, "--resume", "--steps", 1) == 2 and "checkpoint.safetensors" in error()
     words = train.words_in
-    monkeypatch.setattr(train, "words_in", later(words, 4, lambda inputs: words(inputs) * math.nan))  # 2 steps, 1 held out
-    assert tiny(coco, out, "--overwrite") == 2
+    monkeypatch.setattr(train, "words_in", later(words, 6, lambda inputs: words(inputs) * math.nan))  # 3 steps, 2 held out
+    assert tiny(coco, out, "--overwrite", "--save-every", 2, "--steps", 20) == 2
     message = error()
-    assert "step 2: the loss is nan" in message and "holds step 2" in message
+    assert "step 3: the loss is nan" in message and "before step 2" in message
     assert train.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
 
 

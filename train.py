@@ -56,13 +56,17 @@ def cosine(start, end, t):
 
 
 @torch.no_grad()
-def feature_statistics(vlm, batches, seed, per_image=32):
-    """Whitening (mean, L) of the encoder's features, from some tokens of some training images."""
+def feature_statistics(vlm, batches, seed, noise="whitened", per_image=32):
+    """Whitening [mean, L] of the encoder's features, from some tokens of some training images; two ablations of L."""
     tokens, g = [], generator(seed, "tokens")
     for _, inputs, _ in batches:
         X = vlm.encode(inputs)  # (B, N, d_v)
         tokens.append(X[:, torch.randperm(X.shape[1], generator=g)[:per_image].to(X.device)].flatten(0, 1).float())
-    return whitening(torch.cat(tokens))
+    mean_X, L = whitening(torch.cat(tokens))
+    if noise != "whitened":
+        variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
+        L = (variance if noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
+    return [mean_X, L.contiguous()]  # one layout in memory before and after a resume: the layout changes the rounding
 
 
 def with_noise(graph, samples, seed):
@@ -236,18 +240,17 @@ def main():
 
     # processes: one, or those of torchrun; each takes its parts of every batch, the first one writes and speaks
     if WORLD > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        gpu = args.device.startswith("cuda")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else args.device
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=torch.device(args.device) if gpu else None)
         atexit.register(dist.destroy_process_group)
     parts = WORLD * args.accumulate
     say = lambda text: RANK or tqdm.write(text, file=sys.stderr)
 
     # data: some images are held out, to see the deployed loss on
     if not args.data:
-        for turn in range(min(2, WORLD)):  # the first process draws the scenes, if need be
-            folder = prepare() if turn == min(1, RANK) else None or HERE / "data/shapes"
-            sum_over_processes(torch.zeros(1, device=args.device))
+        folder = prepare() if RANK == 0 else HERE / "data/shapes"
+        sum_over_processes(torch.zeros(1, device=args.device))  # the others wait for the first one here
         args.data, args.questions = folder / "train.json", args.questions or folder / "questions.jsonl"
     pairs = read_coco(args.data, args.images)
     questions = read_questions(args.questions) if args.questions else None
@@ -298,7 +301,7 @@ def main():
     if args.resume:
         try:
             pruner.load_state_dict({k: tensors.pop(k) for k in pruner.state_dict()})
-            statistics = [tensors.pop(f"whitening.{k}").to(args.device) for k in ("mean", "L")]
+            statistics = [tensors.pop(f"whitening.{name}").to(args.device) for name in ("mean", "L")]
             moments = {}
             for name, t in tensors.items():  # adam.3.exp_avg: of the parameter number 3
                 moments.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = t
@@ -307,33 +310,27 @@ def main():
             raise InputError(f"{checkpoint}: does not fit this run ({e!r}); start again with --overwrite") from None
     else:
         first = range(min(1024, len(data.training)))
-        statistics = feature_statistics(vlm, loader([first[i:i + 32] for i in first[::32]]), args.seed)
-        if args.noise != "whitened":
-            variance = statistics[1].square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
-            variance = variance if args.noise == "channel" else variance.mean().expand_as(variance)
-            statistics = statistics[0], variance.sqrt().diag()
-    if WORLD > 1:
-        for t in (*learned, *statistics):
-            dist.broadcast(t.data, 0)
-    whitened = {"whitening.mean": statistics[0], "whitening.L": statistics[1]}
+        batches = [first[i:i + 32] for i in first[::32]]
+        statistics = feature_statistics(vlm, loader(batches), args.seed, args.noise)
+    for t in (*learned, *statistics) if WORLD > 1 else ():
+        dist.broadcast(t.data, 0)
+    whitened = dict(zip(("whitening.mean", "whitening.L"), statistics))
     graph = (vlm, scorer, denoiser, statistics)  # what training_loss needs
+    before, curve, settled = state["seconds"], state["curve"], args.anneal * args.steps
     seconds = lambda: before + time.time() - start
 
-    def save():
+    def save(**progress):
         names = [[]] * WORLD
         if WORLD > 1:
             dist.all_gather_object(names, sorted(skipped))
         skipped.update(*names)
-        state.update(skipped=sorted(skipped), seconds=seconds())
+        state.update(progress, skipped=sorted(skipped), seconds=seconds())
         adam = {f"adam.{i}.{k}": t for i, moments in optimizer.state_dict()["state"].items() for k, t in moments.items()}
         if RANK == 0:
             write(checkpoint, {**pruner.state_dict(), **whitened, **adam}, {"state": json.dumps(state)})
 
-    before, curve, settled = state["seconds"], state["curve"], args.anneal * args.steps
     if not args.resume:
         save()  # a folder that cannot be written to is found out now
-        for file in old[1:] if RANK == 0 else ():
-            file.unlink()
     signals = []  # finish the step at the first one, go at once at the second
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number) if signals else signals.append(number))
@@ -341,7 +338,7 @@ def main():
                       for step in range(state["step"], args.steps) for part in range(RANK, parts, WORLD)])
     bar = tqdm(range(state["step"], args.steps), desc="training", initial=state["step"], total=args.steps,
                dynamic_ncols=True, disable=RANK > 0)
-    waited, mark = 0.0, time.time()
+    failures, waited, mark = state["unreadable"], 0.0, time.time()
     for step in bar:
         # early stopping
         if args.patience and curve and len(curve) - 1 - curve.index(best_of(curve, settled)) >= args.patience:
@@ -372,7 +369,7 @@ def main():
             p.grad /= words
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0).item()
         if not math.isfinite(loss + norm):
-            raise InputError(f"step {step}: the loss is {loss}, its gradient {norm}; {checkpoint} holds step "
+            raise InputError(f"step {step}: the loss is {loss}, its gradient {norm}; {checkpoint} is from before step "
                              f"{state['step']}; try a lower --lr or --dtype float32")
         optimizer.step()
 
@@ -401,13 +398,13 @@ def main():
                         deployed=f"{curve[-1]['deployed_loss']:.3f}", waiting=f"{100 * curve[-1]['waiting']:.0f}%")
 
         # checkpoint
-        state.update(step=step + 1, unreadable=state["unreadable"] + int(unreadable))
-        too_many = unreadable and state["unreadable"] > max(1, 0.01 * (step + 1) * args.batch)
+        failures, seen = failures + int(unreadable), (step + 1) * args.batch
+        too_many = unreadable and failures > max(1, 0.01 * seen)
         if (step + 1) % args.save_every == 0 or last or stop or too_many:
-            save()
+            save(step=step + 1, unreadable=failures)
         if too_many:
-            raise InputError(f"--images: {state['unreadable']} of {(step + 1) * args.batch} images could not be read, more "
-                             f"than 1 % ({', '.join(sorted(skipped)[:5])}); repair them, then --resume")
+            raise InputError(f"--images: {failures} of {seen} images could not be read, more than 1 % "
+                             f"({', '.join(sorted(skipped)[:5])}); repair them, then --resume")
         if stop:
             bar.close()
             say(f"stopped by a signal after step {step}; the same command with --resume goes on from there")
