@@ -39,6 +39,8 @@ def cli(main):
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def read_image(path):

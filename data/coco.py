@@ -3,14 +3,12 @@ COCO captions for training: read and check the file, and load its pictures in wo
 
     pairs = read_coco("captions_train2014.json", "train2014/")      # {image path: [captions]}
     data = Captions(list(pairs.items()), held_out=[], seed=0)
-    for samples, inputs, unreadable in load_batches(vlm, data, [[0, 1, 2], [3, 4, 5]], PROMPT, workers=2, skipped=set()):
-        …
+    for samples, inputs, unreadable in load_batches(vlm, data, [[0, 1], [2, 3]], "What is this?", workers=2, skipped=set()):
 """
 import functools
 import json
 import os
 import random
-import signal
 from pathlib import Path
 
 import torch
@@ -44,18 +42,18 @@ def read_coco(path, images=None):
         for number, row in enumerate(coco["annotations"]):
             i, image, caption = row.get("id", number), row["image_id"], row["caption"]
             if image not in names:
-                raise InputError(f"{path}: annotations: id {i}: image_id {image!r} is none of the images; add it or drop this")
+                raise InputError(f"{path}: annotations: id {i}: image_id {image!r} is none of the images; drop it")
             if i in seen:
                 raise InputError(f"{path}: annotations: id {i} twice; give each annotation its own")
             if not isinstance(caption, str) or not caption.strip():
-                raise InputError(f"{path}: annotations: id {i}: caption must be text that is not empty; fill it in or drop this")
+                raise InputError(f"{path}: annotations: id {i}: caption must be text, and not empty; drop it")
             pairs.setdefault(names[image], []).append(caption.strip())
             seen.add(i)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{path}: images need id and file_name, annotations image_id and caption ({e!r})") from None
     for image in pairs:
         if not image.is_file():
-            raise InputError(f"{path}: images name {image.name}, but {image} is not there; give their folder with --images")
+            raise InputError(f"{path}: images name {image.name}, but {image} is not there; give its folder with --images")
     if len(pairs) < 2:
         raise InputError(f"{path}: annotations name one image; at least two are needed, since some are held out")
     return pairs
@@ -116,14 +114,11 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
         inputs = None if None in images else dict(vlm.inputs(list(images), [prompt] * len(g), list(captions)))
         return g, inputs, sum(unreadable, [])
 
-    def leave_signals_to_the_main_process(worker):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
     # fork: the workers share the model's memory (for its processor), and never touch the GPU
+    # a process group of their own: a Ctrl-C is for the main process, which finishes its step
     for g, inputs, unreadable in DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                                             multiprocessing_context="fork" if workers else None,
-                                            worker_init_fn=leave_signals_to_the_main_process):
+                                            worker_init_fn=lambda worker: os.setpgid(0, 0)):
         skipped.update(unreadable)
         if inputs is None:
             raise InputError(f"{unreadable[-1]}: cannot be read as an image, nor can those before it; check --images")
