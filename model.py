@@ -117,17 +117,17 @@ class VLM:
         getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def memory_plan(self, learned, B, recompute=False):
-        """A line on the bytes of a training step with B images at once, captions of 20 tokens, and learned parameters."""
+        """A line on the bytes of a training step: B images at once, captions of 20 tokens, so many learned parameters."""
         c, size, L = self.model.config.get_text_config(), self.model.dtype.itemsize, self.tokens + 40
         D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the inputs of two norms in
-        # float32; q, k, v and the attention's output (D each); three tensors of the feed-forward's width F.
+        # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the inputs of two norms
+        # in float32; q, k, v and the attention's output (D each); three tensors of the feed-forward's width F.
         layer = 2 * 4 * D + (4 * D + 3 * F) * size
         kept = L * (layers * D * size + layer if recompute else layers * layer)
         kept += 60 * self.tokens * self.width * size + 20 * c.vocab_size * (size + 8)  # scorer and denoiser; logits
         frozen = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * learned / 1e9:.2f} GB (weights, gradients, AdamW's two "
-                f"moments); activations about {B * kept / 1e9:.3f} GB for {B} images at once")
+        return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * learned / 1e9:.2f} GB (weights, gradients, AdamW's "
+                f"two moments); activations about {B * kept / 1e9:.3f} GB for {B} images at once")
 
     def budget(self, K):
         """K as a whole number from 1 to N, 'all' as N; InputError for anything else."""

@@ -70,8 +70,8 @@ def feature_statistics(vlm, batches, seed, noise="whitened", per_image=32):
 
 
 def with_noise(graph, samples, seed):
-    """training_loss's first arguments, with ε (B, N, d_v) among the statistics. It is drawn for each sample by its number
-    alone, so it is the same however a batch is split over steps and processes, and after a resume."""
+    """training_loss's first arguments, with ε (B, N, d_v) among the statistics. It is drawn for each sample by its
+    number alone, so it is the same however a batch is split over parts and processes, and after a resume."""
     vlm, scorer, denoiser, statistics = graph
     device = vlm.model.device
     torch.manual_seed(generator(seed, "gumbel", samples[0]).initial_seed())  # that gate draws its own
@@ -153,8 +153,8 @@ def read_checkpoint(path):
 
 
 def best_of(curve, settled):
-    """The evaluation with the lowest deployed loss once tau is at its end. Until then the latest is the best: while alpha
-    is soft, a low deployed loss is luck."""
+    """The evaluation with the lowest deployed loss once tau is at its end. Until then the latest is the best: while
+    alpha is soft, a low deployed loss is luck."""
     return min([e for e in curve if e["step"] >= settled] or curve[-1:], key=lambda e: e["deployed_loss"])
 
 
@@ -215,22 +215,25 @@ def parse_arguments():
     add("--resume", "go on from the checkpoint in --out", action="store_true")
     add("--overwrite", "replace the run that is in --out", action="store_true")
     add("--save-every", "steps between checkpoints (%(default)s)", type=int, default=100, metavar="STEPS")
-    add("--eval-every", "steps between evaluations on held-out captions (a twelfth of the run)", type=int, metavar="STEPS")
-    add("--patience", "stop after this many evaluations without a lower deployed loss, once tau is at its end (0: never; "
+    add("--eval-every", "steps between evaluations on held-out captions (a twelfth of all)", type=int, metavar="STEPS")
+    add("--patience", "once tau is at its end, stop after this many evaluations without a lower deployed loss (0: never; "
         "the best is kept anyway)", type=int, default=0, metavar="N")
-    cpus = os.cpu_count()
-    add("--workers", "processes that read pictures (%(default)s)", type=int, default=min(4, cpus // 2) if cpus > 2 else 0)
+    workers = min(4, os.cpu_count() // 2) if os.cpu_count() > 2 else 0
+    add("--workers", "processes that read pictures (%(default)s)", type=int, default=workers)
     add_device_arguments(ap)
     args = ap.parse_args()
     for name, value in (PAPER if args.data else SHAPES).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.eval_every = args.eval_every or max(1, args.steps // 12)
-    for name in ("steps", "batch", "lr", "tau_end", "anneal", "accumulate", "save_every", "eval_every", "patience", "workers"):
-        if not (getattr(args, name) > 0 or getattr(args, name) == 0 and name in ("patience", "workers")):
+    if args.eval_every is None:
+        args.eval_every = max(1, args.steps // 12)
+    for name in ("steps", "batch", "lr", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
+        if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if min(args.patience, args.workers) < 0:
+        raise InputError("--patience and --workers must not be below 0")
     if WORLD * args.accumulate > args.batch:
-        raise InputError(f"--batch {args.batch}: cannot be split in {WORLD * args.accumulate} (processes x --accumulate)")
+        raise InputError(f"--batch {args.batch}: is fewer than {WORLD} processes times --accumulate {args.accumulate}")
     return args
 
 
@@ -292,6 +295,9 @@ def main():
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
     say(f"{args.model}: {N} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
+    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count, "settings": flags,
+             "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                          "transformers": transformers.__version__}}
     say(vlm.memory_plan(sum(p.numel() for p in learned), at_once, args.checkpointing))
     optimizer = torch.optim.AdamW(learned, lr=args.lr)
     skipped = set(state["skipped"])
@@ -325,7 +331,7 @@ def main():
             dist.all_gather_object(names, sorted(skipped))
         skipped.update(*names)
         state.update(progress, skipped=sorted(skipped), seconds=seconds())
-        adam = {f"adam.{i}.{k}": t for i, moments in optimizer.state_dict()["state"].items() for k, t in moments.items()}
+        adam = {f"adam.{i}.{k}": t for i, m in optimizer.state_dict()["state"].items() for k, t in m.items()}
         if RANK == 0:
             write(checkpoint, {**pruner.state_dict(), **whitened, **adam}, {"state": json.dumps(state)})
 
@@ -359,7 +365,7 @@ def main():
             loss, alpha = training_loss(*with_noise(graph, g, args.seed), inputs, K, tau, args.gate, args.recipe)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            hardness = alpha.detach().topk(K).values.mean(1).sum()  # must approach 1, or what is trained is not deployed
+            hardness = alpha.detach().topk(K).values.mean(1).sum()  # must approach 1, as it is in use
             counts = totals.new_tensor([unreadable, len(signals)])
             totals += torch.cat([torch.stack([loss.detach() * words, words, hardness]), counts])
         sum_over_processes(totals, *(p.grad for p in learned))
@@ -379,18 +385,15 @@ def main():
             waiting = waited / (time.time() - mark)
             chunks = [range(-i, -min(i + at_once, n_out + 1), -1) for i in range(1, n_out + 1, at_once)]
             soft, deployed = held_out_losses(graph, loader(chunks[RANK::WORLD]), K, tau, args)
-            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, "soft_loss": soft, "deployed_loss": deployed,
-                          "hardness": hardness, "seconds": seconds(), "waiting": waiting})
+            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, "soft_loss": soft,
+                          "deployed_loss": deployed, "hardness": hardness, "seconds": seconds(), "waiting": waiting})
+            best = best_of(curve, settled)
             if RANK == 0:
-                if best_of(curve, settled) is curve[-1]:
+                if best is curve[-1]:
                     write(args.out / "scorer.safetensors", scorer.state_dict())
                     write(args.out / "denoiser.safetensors", {**denoiser.state_dict(), **whitened})
-                versions = {"python": platform.python_version(), "torch": torch.__version__,
-                            "transformers": transformers.__version__}
-                write(args.out / "pruner.json", rounded({
-                    "model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count,
-                    "settings": flags, "best_step": best_of(curve, settled)["step"], "curve": curve, "seconds": seconds(),
-                    "versions": versions}))
+                write(args.out / "pruner.json",
+                      rounded({**about, "best_step": best["step"], "curve": curve, "seconds": seconds()}))
                 write(args.out / "log.jsonl", rounded(curve))
                 write(args.out / "curve.png", draw(curve))
             waited, mark = 0.0, time.time()
@@ -414,8 +417,8 @@ def main():
     if RANK:
         return
     if curve[-1]["hardness"] < 0.9:
-        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1, so what was trained is not "
-            "what is deployed; train longer or end at a lower --tau-end")
+        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1, so what was trained is "
+            "not what is deployed; train longer or end at a lower --tau-end")
     if skipped:
         say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)

@@ -3,7 +3,7 @@ COCO captions for training: read and check the file, and load its pictures in wo
 
     pairs = read_coco("captions_train2014.json", "train2014/")      # {image path: [captions]}
     data = Captions(list(pairs.items()), held_out=[], seed=0)
-    for samples, inputs, unreadable in load_batches(vlm, data, [[0, 1], [2, 3]], "What is this?", workers=2, skipped=set()):
+    for samples, inputs, unreadable in load_batches(vlm, data, [[0, 1], [2, 3]], "Describe it.", 2, skipped=set()): …
 """
 import functools
 import json
@@ -53,7 +53,7 @@ def read_coco(path, images=None):
         raise InputError(f"{path}: images need id and file_name, annotations image_id and caption ({e!r})") from None
     for image in pairs:
         if not image.is_file():
-            raise InputError(f"{path}: images name {image.name}, but {image} is not there; give its folder with --images")
+            raise InputError(f"{path}: images: no file {image}; give the folder of {image.name} with --images")
     if len(pairs) < 2:
         raise InputError(f"{path}: annotations name one image; at least two are needed, since some are held out")
     return pairs
@@ -68,7 +68,7 @@ def check_fit(vlm, path, pairs, prompt):
         for caption in captions:
             where = f"{path}: annotations: caption {caption[:30]!r} of {image.name}"
             if len(caption.encode()) > room and len(tokenizer(caption).input_ids) > room:
-                raise InputError(f"{where} is longer than the {room} tokens that the model's context leaves; shorten it")
+                raise InputError(f"{where} is longer than the {room} tokens left in the model's context; shorten it")
             if image_token in caption:
                 raise InputError(f"{where} has {image_token} in it, which stands for a picture; take it out")
 
