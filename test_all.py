@@ -591,7 +591,7 @@ def test_processes_and_accumulation_are_the_whole_batch(tmp_path, coco):
     assert run(train.main, *argv, tmp_path / "one") == run(train.main, *argv, tmp_path / "four", "--accumulate", 4) == 0
     out, err = two.communicate()
     assert two.returncode == 0 and len(out.splitlines()) == 2, err
-    assert "Traceback" not in err and err.count("keep 20") == 1, "one process speaks"
+    assert "Traceback" not in err and "arning" not in err.replace("warning: hardness", "") and err.count("keep 20") == 1, "one process speaks"
     one = load_file(tmp_path / "one/checkpoint.safetensors")
     for other in ("two", "four"):
         moments = load_file(tmp_path / other / "checkpoint.safetensors")
@@ -634,6 +634,7 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     assert {f.name: f.read_bytes() for f in out.iterdir()} == state
     (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
     assert tiny(coco, out, "--resume", "--steps", 1) == 2 and "checkpoint.safetensors" in error()
+    assert tiny(coco, out, "--overwrite", "--lr", 1e30) == 2 and "step 0: the losses on held-out captions" in error()
     words = train.words_in  # called in every step, and in two evaluations before the fourth
     monkeypatch.setattr(train, "words_in", later(words, 6, lambda inputs: words(inputs) * math.nan))
     assert tiny(coco, out, "--overwrite", "--save-every", 2, "--steps", 20) == 2

@@ -335,6 +335,10 @@ def main():
         if RANK == 0:
             write(checkpoint, {**pruner.state_dict(), **whitened, **adam}, {"state": json.dumps(state)})
 
+    def diverged(what):
+        return InputError(f"step {step}: {what}; {checkpoint} is from before step {state['step']}; "
+                          "try a lower --lr or --dtype float32")
+
     if not args.resume:
         save()  # a folder that cannot be written to is found out now
     signals = []  # finish the step at the first one, go at once at the second
@@ -375,8 +379,7 @@ def main():
             p.grad /= words
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0).item()
         if not math.isfinite(loss + norm):
-            raise InputError(f"step {step}: the loss is {loss}, its gradient {norm}; {checkpoint} is from before step "
-                             f"{state['step']}; try a lower --lr or --dtype float32")
+            raise diverged(f"the loss is {loss}, its gradient {norm}")
         optimizer.step()
 
         # evaluate, log, keep the best
@@ -385,6 +388,8 @@ def main():
             waiting = waited / (time.time() - mark)
             chunks = [range(-i, -min(i + at_once, n_out + 1), -1) for i in range(1, n_out + 1, at_once)]
             soft, deployed = held_out_losses(graph, loader(chunks[RANK::WORLD]), K, tau, args)
+            if not math.isfinite(soft + deployed):
+                raise diverged(f"the losses on held-out captions are {soft} (soft) and {deployed} (deployed)")
             curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, "soft_loss": soft,
                           "deployed_loss": deployed, "hardness": hardness, "seconds": seconds(), "waiting": waiting})
             best = best_of(curve, settled)
