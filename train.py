@@ -268,8 +268,8 @@ def main():
     old = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
-        for k in flags.keys() - FREE:
-            if state["settings"].get(k) != flags[k]:
+        for k in flags:
+            if k not in FREE and state["settings"].get(k) != flags[k]:
                 raise InputError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has "
                                  f"{state['settings'].get(k)}; --resume needs the same")
     elif old and not args.overwrite:
