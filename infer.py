@@ -150,7 +150,7 @@ def seen_by_model(vlm, inputs):
 def read_questions(path, images=None, need=("image", "text", "label")):
     """Rows of a question file, `image` made a full path. InputError names the line that is wrong.
 
-    One JSON object a line; or ScienceQA's .json and MMBench's .tsv, turned into such rows as LLaVA does.
+    One JSON object a line; or ScienceQA's list and MMBench's .tsv, turned into such rows as LLaVA turns them.
     """
     path = Path(path)
     folder = Path(images) if images else path.parent
@@ -158,8 +158,8 @@ def read_questions(path, images=None, need=("image", "text", "label")):
         raise InputError(f"{path}: no such question file; check --questions")
     try:
         text = path.read_text(encoding="utf-8")
-        lines = (science_qa(text) if path.suffix == ".json" else mmbench(text, LETTER_CN if "_cn" in path.name else LETTER)
-                 if path.suffix == ".tsv" else text.splitlines())
+        lines = (science_qa(text) if text.startswith("[") else text.splitlines() if path.suffix != ".tsv" else
+                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER))
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
         raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
     rows = []
@@ -179,7 +179,7 @@ def read_questions(path, images=None, need=("image", "text", "label")):
 
 
 def science_qa(text):
-    """What has a picture in llava_test_CQM-A.json; its scorer wants to see <image> in the prompt."""
+    """What has a picture in llava_test_CQM-A.json. Its scorer knows such questions by the <image> in the prompt."""
     rows = [dict(question_id=r["id"], image=r["image"], text=r["conversations"][0]["value"].replace("<image>", "").strip()
                  + LETTER) for r in json.loads(text) if "image" in r]
     return [row | {"prompt": "<image>\n" + row["text"]} for row in rows]
@@ -248,8 +248,8 @@ def answer_file(path, rows, settings, answer, overwrite=False):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
         if not done.keys() <= set(ids):
-            raise InputError(f"--answers {path}: answers other questions, or was made with other settings "
-                             f"({done.popitem()[1].get('metadata')}; now {settings}); give another name, or --overwrite it")
+            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} now, "
+                             f"{done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
         print(f"{path}: {len(done)} of {len(rows)} answers are there", file=sys.stderr)
     store(done.values())
     left = [i for i, id in enumerate(ids) if id not in done]
@@ -361,7 +361,8 @@ def main():
 
     if args.questions:
         pruner = hashlib.sha256((args.pruner / "scorer.safetensors").read_bytes()).hexdigest()[:12]
-        made = {"model": vlm.name, "pruner": pruner, "keep": K, "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
+        made = {"model": vlm.name, "pruner": pruner, "keep": K, "dtype": args.dtype,
+                "max_new_tokens": args.max_new_tokens}
         choose = lambda X: select(scorer(X), K) if K < vlm.tokens else None
         answer = lambda left: ask(vlm, left, choose, args.batch, args.max_new_tokens)
         try:

@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -497,12 +498,17 @@ def test_bad_inference_input(tmp_path, capsys):
         assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2, argv
 
 
-def test_commands_run_as_scripts():
-    """In processes of their own: the two demonstrations, and every --help."""
-    for argv in (["throttler.py"], ["denoiser.py"], ["train.py", "--help"], ["infer.py", "--help"], ["bench.py", "--help"]):
-        done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and len(done.stdout.splitlines()) > (0 if argv[0] == "denoiser.py" else 5), done.stderr
-        assert done.stderr == ""
+@pytest.mark.parametrize("file", ["throttler.py", "denoiser.py"])
+def test_demonstrations_print_what_their_docstrings_say(file):
+    done = subprocess.run([sys.executable, ROOT / file], capture_output=True, text=True)
+    example = re.search(rf"    \$ python {file}\n((?:    .*\n)+)", (ROOT / file).read_text()).group(1)
+    assert textwrap.dedent(example) == done.stdout and done.stderr == "" and done.returncode == 0
+
+
+@pytest.mark.parametrize("file", ["train.py", "infer.py", "bench.py"])
+def test_help(file):
+    done = subprocess.run([sys.executable, ROOT / file, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5 and done.stderr == ""
 
 
 # --- question files and chat ----------------------------------------------------------------------------------------
@@ -666,15 +672,18 @@ def test_readme_has_not_drifted():
     for name, lines in re.findall(r"\| `([\w.]+\.py)` \| (\d+) \|", readme):
         assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name}: the README says {lines} lines"
     assert len(re.findall(r"\| `[\w.]+\.py` \| \d+ \|", readme)) == 7
-    code = [re.sub(r"\s+", " ", (ROOT / name).read_text()) for name in
+    lines = lambda text: "\n".join(line.strip() for line in text.splitlines()) + "\n"  # without the indentation
+    code = [lines((ROOT / name).read_text()) for name in
             ("throttler.py", "denoiser.py", "model.py", "train.py", "infer.py", "bench.py")]
     snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert snippets
-    for snippet in snippets:  # every code line of the README stands in a file
-        for line in filter(str.strip, snippet.splitlines()):
-            assert any(re.sub(r"\s+", " ", line.strip()) in text for text in code), f"not in the code: {line}"
-    for path in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme):
-        assert (ROOT / "".join(path)).exists(), path
+    assert len(snippets) >= 6
+    for snippet in snippets:  # line after line, as it stands in one file
+        assert any("\n" + lines(snippet) in text for text in code), f"not in the code:\n{snippet}"
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    drawn = {f"{name}.png" for name in re.findall(r'"(\w+)": \w+', (ROOT / "assets/draw.py").read_text().split("PICTURES = ")[1])}
+    assert drawn == {p.name for p in (ROOT / "assets").glob("*.png")} == set(re.findall(r"\(assets/(\w+\.png)\)", readme))
+    assert all((ROOT / "assets" / name).stat().st_size < 300_000 for name in drawn)
     for run in map(json.loads, (ROOT / "assets/runs.jsonl").read_text().splitlines()):  # what train.py printed last
         for name, by_category in run["by_category"].items():
             cells = [100 * a for a in by_category.values()] + [bench.retention(by_category, run["by_category"]["all 144"])]
