@@ -180,9 +180,11 @@ def read_questions(path, images=None, need=("image", "text", "label")):
 
 def science_qa(text):
     """What has a picture in llava_test_CQM-A.json. Its scorer knows such questions by the <image> in the prompt."""
-    rows = [dict(question_id=r["id"], image=r["image"], text=r["conversations"][0]["value"].replace("<image>", "").strip()
-                 + LETTER) for r in json.loads(text) if "image" in r]
-    return [row | {"prompt": "<image>\n" + row["text"]} for row in rows]
+    rows = []
+    for row in filter(lambda row: "image" in row, json.loads(text)):
+        prompt = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
+        rows.append({"question_id": row["id"], "image": row["image"], "text": prompt, "prompt": "<image>\n" + prompt})
+    return rows
 
 
 def mmbench(text, suffix):
@@ -218,7 +220,7 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
                     X = vlm.encode({"pixel_values": inputs["pixel_values"][new]})  # (new, N, d_v)
                     with torch.no_grad():
                         keep = choose(X)
-                    seen |= {images[j]: (x, k) for j, x, k in zip(new, X, [None] * len(new) if keep is None else keep)}
+                    seen |= {images[j]: row for j, *row in zip(new, X, [None] * len(new) if keep is None else keep)}
                 X, keep = zip(*(seen[image] for image in images))
                 keep = None if keep[0] is None else torch.stack(keep)  # (B, K)
                 yield list(zip(part, vlm.generate(inputs, torch.stack(X), keep, max_new_tokens)))
@@ -248,8 +250,8 @@ def answer_file(path, rows, settings, answer, overwrite=False):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
         if not done.keys() <= set(ids):
-            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} now, "
-                             f"{done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
+            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} "
+                             f"now, {done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
         print(f"{path}: {len(done)} of {len(rows)} answers are there", file=sys.stderr)
     store(done.values())
     left = [i for i, id in enumerate(ids) if id not in done]
@@ -265,7 +267,7 @@ def answer_file(path, rows, settings, answer, overwrite=False):
 
 
 def normal(text):
-    return text.strip().lower().removesuffix(".")
+    return str(text).strip().lower().removesuffix(".")
 
 
 def figures(said, labels, yes_no=False):
@@ -334,9 +336,9 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
-    ap.add_argument("--keep", help="how many visual tokens to keep, or 'all' (default: what the pruner was trained for)")
+    ap.add_argument("--keep", help="visual tokens to keep, or 'all' (default: what the pruner was trained for)")
     add_pruner_arguments(ap)
-    ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="length of an answer at most (%(default)s)")
+    ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
     ap.add_argument("--json", action="store_true", help="last line: answer, kept, tokens and timings as JSON")
     ap.add_argument("--questions", type=Path, metavar="FILE", help="a question file instead of a picture")
@@ -348,6 +350,8 @@ def main():
 
     if (args.image is None) == (args.questions is None) or (args.questions is None) != (args.answers is None):
         raise InputError("give a picture, or --questions together with --answers")
+    if min(args.batch, args.max_new_tokens) < 1:
+        raise InputError("--batch and --max-new-tokens must be 1 or more")
     if args.questions:
         rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
     elif "://" in args.image:
@@ -368,7 +372,7 @@ def main():
         try:
             said = answer_file(args.answers, rows, made, answer, args.overwrite)
         except OSError as e:
-            raise InputError(f"--answers {args.answers}: {e.strerror}; give a file in a folder that exists") from None
+            raise InputError(f"--answers {args.answers}: {e.strerror or e}; give a file in a folder there is") from None
         table = score(rows, said) if all("label" in row for row in rows) else None
         return print(json.dumps({"questions": len(rows), "answers": str(args.answers), **made, "figures": table}))
 
@@ -384,14 +388,14 @@ def main():
         try:
             picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
         except (OSError, ValueError) as e:
-            raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder that exists") from None
+            raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder there is") from None
         print(f"wrote {args.show}")
     keep = keep if K < vlm.tokens else None
     if args.question is None:
         return chat(vlm, image, X, keep, args.max_new_tokens)
     answer, prefill_ms = timed_answer(vlm, inputs, X, keep, args.max_new_tokens)
     print(answer)
-    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (one cold run)")
+    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(prefill_ms, 3)}))

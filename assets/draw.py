@@ -29,7 +29,7 @@ COLORS = [(31, 90, 160), (200, 60, 50), (60, 140, 80), (150, 100, 180), (220, 14
 INK, PALE = (40, 40, 40), (215, 215, 215)
 
 
-# --- the little that is needed to draw with pillow -----------------------------------------------------------------------
+# --- the little that is needed to draw with pillow --------------------------------------------------------------------
 # Everything is drawn at twice its size and reduced by finish(), for smooth edges; all sizes here are the doubled ones.
 
 def font(size=38):
@@ -57,7 +57,8 @@ def line_chart(name, series, xlabel, ylabel, colors=COLORS, marks=False, log_x=F
                size=(2000, 1000)):
     """assets/{name}.png: one line per series {label: [(x, y), …]}, a legend at the right. log_x: budgets, say."""
     image, draw = canvas(*size)
-    left, right, top, bottom = 190, size[0] - 90 - max(draw.textlength(label, font()) for label in series) - 80, 40, size[1] - 150
+    left, top, bottom = 190, 40, size[1] - 150
+    right = size[0] - 170 - max(draw.textlength(label, font()) for label in series)
     xs, ys = zip(*(point for points in series.values() for point in points))
     scale = math.log if log_x else float
     x0, x1 = scale(min(xs)), scale(max(xs))
@@ -128,7 +129,8 @@ def kept():
         sheet.paste(dimmed(image, keep[0], vlm.tokens, side), (x + side + 8, y))
         draw.text((x, y + side + 6), question, "black", font(17))
         draw.text((x, y + side + 28), f"all {vlm.tokens}: {vlm.generate(inputs, X)[0]}", "gray", font(17))
-        draw.text((x + side + 8, y + side + 28), f"these {K}: {vlm.generate(inputs, X, keep)[0]}", (190, 30, 30), font(17))
+        pruned = f"these {K}: {vlm.generate(inputs, X, keep)[0]}"
+        draw.text((x + side + 8, y + side + 28), pruned, (190, 30, 30), font(17))
     sheet.save(HERE / "kept.png", optimize=True)
 
 
@@ -156,7 +158,8 @@ def gate():
         gated = vp_gate(X, torch.full(X.shape[:2], float(share)), mean, L)[0]  # (N, d_v)
         rgb = (128 + 55 * ((gated - mean) @ top)).clamp(0, 255).byte()
         grid = math.isqrt(len(rgb))
-        panels[f"alpha = {share}"] = Image.frombytes("RGB", (grid, grid), rgb.numpy().tobytes()).resize((side, side), 0)
+        tokens = Image.frombytes("RGB", (grid, grid), rgb.numpy().tobytes())
+        panels[f"alpha = {share}"] = tokens.resize((side, side), Image.Resampling.NEAREST)
     for i, (label, panel) in enumerate(panels.items()):
         image.paste(panel, (gap + i * (side + gap), 20))
         draw.text((gap + i * (side + gap) + side / 2, side + 44), label, INK, font(42), anchor="mt")
@@ -171,7 +174,8 @@ def attention():
         denoiser = Denoiser(64, diagonal)
         for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):  # they start at zero; as if trained
             torch.nn.init.normal_(layer.weight, std=0.3)
-        J = torch.autograd.functional.jacobian(lambda x: denoiser(x[None])[0], torch.randn(N, 64)).square().sum((1, 3)).sqrt()
+        J = torch.autograd.functional.jacobian(lambda x: denoiser(x[None])[0], torch.randn(N, 64))  # (N, 64, N, 64)
+        J = J.square().sum((1, 3)).sqrt()  # (N, N)
         for i in range(N):
             for j in range(N):
                 shade = 0 if J[i, j] == 0 else 0.15 + 0.85 * (J[i, j] / J.max()).item() ** 0.5
@@ -179,7 +183,8 @@ def attention():
                 fill = tuple(round(255 + (c - 255) * shade) for c in COLORS[0])
                 draw.rectangle((x, y, x + cell - 4, y + cell - 4), fill, PALE)
         middle = 110 + 860 * k + cell * N / 2
-        draw.text((middle, 40), "identity mask: Denoiser" if diagonal else "full mask: the ablation", INK, font(), anchor="mm")
+        title = "identity mask: Denoiser" if diagonal else "full mask: the ablation"
+        draw.text((middle, 40), title, INK, font(), anchor="mm")
         draw.text((middle, 100 + cell * N + 40), "input token", INK, font(), anchor="mm")
         upright = Image.new("RGB", (cell * N, 50), "white")
         ImageDraw.Draw(upright).text((cell * N / 2, 25), "output token", INK, font(), anchor="mm")
