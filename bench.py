@@ -12,14 +12,12 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.shapes.prepare import prepare
-from infer import add_pruner_arguments, load_pruned
-from model import InputError, cli, read_image
+from infer import add_pruner_arguments, ask, load_pruned, normal, read_questions
+from model import cli
 from throttler import select
 
 
@@ -39,46 +37,12 @@ def uniform_grid(X, K):
     return torch.tensor(sorted(keep), device=X.device).expand(B, -1)
 
 
-def read_questions(path, images=None):
-    """Rows of a question file, `image` made a full path. InputError names the line that is wrong."""
-    path = Path(path)
-    folder = Path(images) if images else path.parent
-    if not path.is_file():
-        raise InputError(f"{path}: no such question file; check --questions")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); give a question file in UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            row = {"category": "all", **row, "image": folder / row["image"], "text": row["text"], "label": row["label"]}
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path}: line {number} needs image, text and label in one JSON object ({e!r})") from None
-        if not row["image"].is_file():
-            raise InputError(f"{path}: line {number}: no image {row['image']}; give its folder with --images")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path}: holds no question; give LLaVA's format with a label, one JSON object a line")
-    return rows
-
-
-def normal(text):
-    return text.strip().lower().removesuffix(".")
-
-
 def accuracy(vlm, rows, choose, batch=50, desc="questions"):
     """Share of right answers per category. choose(X) gives the tokens to keep, (B, K), or None for all."""
     right = {}
-    for at in tqdm(range(0, len(rows), batch), desc=desc, dynamic_ncols=True, leave=False):
-        part = rows[at:at + batch]
-        inputs = vlm.inputs([read_image(row["image"]) for row in part], [row["text"] for row in part])
-        X = vlm.encode(inputs)
-        with torch.no_grad():
-            keep = choose(X)
-        for row, answer in zip(part, vlm.generate(inputs, X, keep, max_new_tokens=8)):
-            right.setdefault(row["category"], []).append(normal(answer) == normal(row["label"]))
+    for part in ask(vlm, rows, choose, batch, max_new_tokens=8, desc=desc):
+        for i, answer in part:
+            right.setdefault(rows[i]["category"], []).append(normal(answer) == normal(rows[i]["label"]))
     return {category: sum(r) / len(r) for category, r in sorted(right.items())}
 
 

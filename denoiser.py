@@ -7,7 +7,10 @@ so the whole attention collapses to two linear maps, and no attention scores nee
 
     softmax(q_i·k_i)·v_i = v_i        Attention(x)_i = W_o·W_v·x_i
 
-Try it: `python denoiser.py`.
+    $ python denoiser.py
+    two linear maps  +0.2500 +0.2477 -0.2745 +0.1055 -0.0592
+    an identity mask +0.2500 +0.2477 -0.2745 +0.1055 -0.0592
+    all 320 numbers differ by less than 1e-6: True
 """
 import torch
 import torch.nn.functional as F
@@ -51,4 +54,6 @@ if __name__ == "__main__":
     x, diagonal = torch.randn(B, N, W), DiagonalAttention(W)
     q, k, v = torch.randn(B, N, W), torch.randn(B, N, W), diagonal.value(x)  # any queries and keys will do
     masked = diagonal.out(F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(N, dtype=torch.bool)))
-    print(f"two linear maps against attention with an identity mask: differ by {(diagonal(x) - masked).abs().max():.1e}")
+    for name, y in (("two linear maps", diagonal(x)), ("an identity mask", masked)):
+        print(f"{name:16}", " ".join(f"{value:+.4f}" for value in y[0, :, 0].tolist()))
+    print(f"all {y.numel()} numbers differ by less than 1e-6: {((diagonal(x) - masked).abs() < 1e-6).all()}")

@@ -4,10 +4,20 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
     python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
+    python infer.py img.jpg                                           # many questions; the image is read once
+    python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
 The scores are cut at the K-th highest: what lies above stays, at its original position; the rest never reaches the LLM.
+The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run is gone on with.
 """
 import argparse
+import base64
+import copy
+import csv
+import hashlib
+import inspect
+import io
+import itertools
 import json
 import math
 import sys
@@ -19,11 +29,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import DynamicCache, LlamaModel
 
 from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, select
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
+LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's suffix for multiple choice
+LETTER_CN = "\n请直接回答选项字母。"  # … where the file's name has _cn
 
 
 def default_pruner():
@@ -133,40 +148,257 @@ def seen_by_model(vlm, inputs):
     return Image.frombytes("RGB", pixels.shape[:0:-1], pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
 
 
+# --- question files -------------------------------------------------------------------------------------------------
+
+def read_questions(path, images=None, need=("image", "text", "label")):
+    """Rows of a question file, `image` made a full path. InputError names the line that is wrong.
+
+    One JSON object a line; or ScienceQA's list and MMBench's .tsv, turned into such rows as LLaVA turns them.
+    """
+    path = Path(path)
+    folder = Path(images) if images else path.parent
+    if not path.is_file():
+        raise InputError(f"{path}: no such question file; check --questions")
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = (science_qa(text) if text.startswith("[") else text.splitlines() if path.suffix != ".tsv" else
+                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER))
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
+        raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = {"category": "all", **(json.loads(line) if isinstance(line, str) else line)}
+            row |= {field: row[field] for field in need}
+            row["image"] = folder / row["image"] if isinstance(row["image"], str) else row["image"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path}: line {number} needs {', '.join(need)} in one JSON object ({e!r})") from None
+        if isinstance(row["image"], Path) and not row["image"].is_file():
+            raise InputError(f"{path}: line {number}: no image {row['image']}; give its folder with --images")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: holds no question; give LLaVA's format, one JSON object a line")
+    return rows
+
+
+def science_qa(text):
+    """What has a picture in llava_test_CQM-A.json. Its scorer knows such questions by the <image> in the prompt."""
+    rows = []
+    for row in filter(lambda row: "image" in row, json.loads(text)):
+        prompt = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
+        rows.append({"question_id": row["id"], "image": row["image"], "text": prompt, "prompt": "<image>\n" + prompt})
+    return rows
+
+
+def mmbench(text, suffix):
+    """A table of hint, question, options and a picture in base64."""
+    csv.field_size_limit(2 ** 31 - 1)
+    rows = []
+    for row in csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"):
+        row = {name: value for name, value in row.items() if (value or "").lower() not in ("", "nan", "none")}
+        options = itertools.takewhile(row.__contains__, "ABCD")
+        parts = [row[name] for name in ("hint", "question") if name in row] + [f"{c}. {row[c]}" for c in options]
+        rows.append({"question_id": int(row["index"]), "image": base64.b64decode(row["image"]),
+                     "text": "\n".join(parts) + suffix, "category": row.get("category", "all"),
+                     **({"label": row["answer"]} if "answer" in row else {})})
+    return rows
+
+
+def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
+    """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
+
+    choose(X) gives the tokens to keep, (B, K), or None for all. It never sees the question: an image that comes
+    again within 16 batches is encoded and chosen from once.
+    """
+    with tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False) as bar:
+        for start in range(0, len(rows), 16 * batch):
+            window = sorted(range(start, min(start + 16 * batch, len(rows))), key=lambda i: len(rows[i]["text"]))
+            seen = {}  # image: (its X, its keep)
+            for part in (window[at:at + batch] for at in range(0, len(window), batch)):
+                images = [rows[i]["image"] for i in part]
+                pictures = [read_image(io.BytesIO(image) if isinstance(image, bytes) else image) for image in images]
+                inputs = vlm.inputs(pictures, [rows[i]["text"] for i in part])
+                new = [j for j, image in enumerate(images) if image not in seen and image not in images[:j]]
+                if new:
+                    X = vlm.encode({"pixel_values": inputs["pixel_values"][new]})  # (new, N, d_v)
+                    with torch.no_grad():
+                        keep = choose(X)
+                    seen |= {images[j]: row for j, *row in zip(new, X, [None] * len(new) if keep is None else keep)}
+                X, keep = zip(*(seen[image] for image in images))
+                keep = None if keep[0] is None else torch.stack(keep)  # (B, K)
+                yield list(zip(part, vlm.generate(inputs, torch.stack(X), keep, max_new_tokens)))
+                bar.update(len(part))
+
+
+def answer_file(path, rows, settings, answer, overwrite=False):
+    """The answers to the rows, in their order, and in the file `path`; answer(rows) yields as ask() does.
+
+    Each batch is appended as it comes, and the whole put in order at the end. An answer_id stands for settings and
+    question: the file of a killed run is gone on with, and one that was made otherwise refused.
+    """
+    def store(answers):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+        temporary.replace(path)
+
+    ids = [hashlib.sha256(json.dumps([settings, i, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
+           for i, row in enumerate(rows)]
+    done = {}
+    if path.exists() and not overwrite:
+        try:
+            *lines, rest = path.read_text(encoding="utf-8").split("\n")  # rest: a line that a kill cut off, or nothing
+            done = {row["answer_id"]: row for row in map(json.loads, lines)}
+            if not '{"question_id"'.startswith(rest[:14]):
+                raise ValueError(rest)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
+        if not done.keys() <= set(ids):
+            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} "
+                             f"now, {done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
+        print(f"{path}: {len(done)} of {len(rows)} answers are there", file=sys.stderr)
+    store(done.values())
+    left = [i for i, id in enumerate(ids) if id not in done]
+    with open(path, "a", encoding="utf-8") as file:
+        for part in answer([rows[i] for i in left]):
+            for i, text in ((left[j], text) for j, text in part):
+                done[ids[i]] = {"question_id": rows[i]["question_id"], "prompt": rows[i].get("prompt", rows[i]["text"]),
+                                "text": text, "answer_id": ids[i], "model_id": settings["model"], "metadata": settings}
+                file.write(json.dumps(done[ids[i]]) + "\n")
+            file.flush()
+    store(done[id] for id in ids)
+    return [done[id]["text"] for id in ids]
+
+
+def normal(text):
+    return str(text).strip().lower().removesuffix(".")
+
+
+def figures(said, labels, yes_no=False):
+    """Accuracy of these answers; with yes_no POPE's five figures, counted as LLaVA's eval_pope.py counts."""
+    if not yes_no:
+        return {"accuracy": sum(normal(s) == normal(label) for s, label in zip(said, labels)) / len(said)}
+    yes = [not {"No", "no", "not"} & set(s.split(".")[0].replace(",", "").split(" ")) for s in said]
+    true = [normal(label) == "yes" for label in labels]
+    TP = sum(y and t for y, t in zip(yes, true))
+    precision, recall = TP / max(1, sum(yes)), TP / max(1, sum(true))
+    return {"accuracy": sum(y == t for y, t in zip(yes, true)) / len(said), "precision": precision, "recall": recall,
+            "f1": 2 * TP / max(1, sum(yes) + sum(true)), "yes": sum(yes) / len(said)}
+
+
+def score(rows, said):
+    """Print and return the figures per category and of all rows."""
+    yes_no = {normal(row["label"]) for row in rows} <= {"yes", "no"}
+    table = {}
+    for category in [*sorted({row["category"] for row in rows} - {"all"}), "all"]:
+        mine = [(text, row["label"]) for text, row in zip(said, rows) if category in (row["category"], "all")]
+        table[category] = figures(*zip(*mine), yes_no)
+    print(f"{'category':24}" + "".join(f"{name:>11}" for name in table["all"]))
+    for category, values in table.items():
+        print(f"{category:24}" + "".join(f"{100 * v:11.1f}" for v in values.values()))
+    return table
+
+
+# --- one picture ----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def image_cache(vlm, inputs, X, keep=None):
+    """Keys and values of the prompt up to the image's last token: the same for every question about the image."""
+    after = inputs["input_ids"][0].flip(0).eq(vlm.image_id).int().argmax()  # text tokens behind the image
+    prefix = {name: t[:, :t.shape[1] - after] for name, t in vlm.embed(inputs, X, keep).items()}
+    cache = DynamicCache(config=vlm.model.config.text_config)
+    vlm.model.model.language_model(**prefix, **{CACHE: cache})
+    return cache
+
+
+def timed_answer(vlm, inputs, X, keep, max_new_tokens, cache=None):
+    """(answer, milliseconds to its first token); with a cache the image is not read again."""
+    start, clock = time.perf_counter(), FirstToken()
+    options = {} if cache is None else {CACHE: copy.deepcopy(cache)}
+    answer = vlm.generate(inputs, X, keep, max_new_tokens, streamer=clock, **options)[0]
+    return answer, 1000 * (clock.calls[1] - start)
+
+
+def chat(vlm, image, X, keep, max_new_tokens):
+    """Questions from the keyboard until Ctrl-D. Each stands for itself; all share the image's tokens and cache."""
+    cache = image_cache(vlm, vlm.inputs([image], ["?"]), X, keep)
+    full_ms = None
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if not question:
+            continue
+        inputs = vlm.inputs([image], [question])
+        answer, ms = timed_answer(vlm, inputs, X, keep, max_new_tokens, cache)
+        full_ms = full_ms or timed_answer(vlm, inputs, X, keep, 1)[1]  # once, to see what the cache saves
+        print(f"{answer}\n(prefill {ms:.1f} ms; {full_ms:.1f} ms if the image were read again)")
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("image", help="a picture (JPEG, PNG, …)")
-    ap.add_argument("question")
-    ap.add_argument("--keep", help="how many visual tokens to keep, or 'all' (default: what the pruner was trained for)")
+    ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
+    ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
+    ap.add_argument("--keep", help="visual tokens to keep, or 'all' (default: what the pruner was trained for)")
     add_pruner_arguments(ap)
-    ap.add_argument("--max-new-tokens", type=int, default=64, metavar="T", help="length of the answer at most (%(default)s)")
+    ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
     ap.add_argument("--json", action="store_true", help="last line: answer, kept, tokens and timings as JSON")
+    ap.add_argument("--questions", type=Path, metavar="FILE", help="a question file instead of a picture")
+    ap.add_argument("--images", metavar="DIR", help="folder of its images (default: the file's own)")
+    ap.add_argument("--answers", type=Path, metavar="JSONL", help="the answers; an unfinished file is gone on with")
+    ap.add_argument("--overwrite", action="store_true", help="begin --answers anew")
+    ap.add_argument("--batch", type=int, default=16, help="questions at a time (%(default)s)")
     args = ap.parse_args()
 
-    image = read_image(args.image)
+    if (args.image is None) == (args.questions is None) or (args.questions is None) != (args.answers is None):
+        raise InputError("give a picture, or --questions together with --answers")
+    if min(args.batch, args.max_new_tokens) < 1:
+        raise InputError("--batch and --max-new-tokens must be 1 or more")
+    if args.questions:
+        rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
+    elif "://" in args.image:
+        raise InputError(f"{args.image}: pictures on the web are not read; download it and give the file")
+    elif args.image == "-" and args.question is None:
+        raise InputError("-: a picture from standard input needs its question on the command line")
+    else:
+        image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
     K = vlm.budget(args.keep or settings["keep"])
-    inputs = vlm.inputs([image], [args.question])
+
+    if args.questions:
+        pruner = hashlib.sha256((args.pruner / "scorer.safetensors").read_bytes()).hexdigest()[:12]
+        made = {"model": vlm.name, "pruner": pruner, "keep": K, "dtype": args.dtype,
+                "max_new_tokens": args.max_new_tokens}
+        choose = lambda X: select(scorer(X), K) if K < vlm.tokens else None
+        answer = lambda left: ask(vlm, left, choose, args.batch, args.max_new_tokens)
+        try:
+            said = answer_file(args.answers, rows, made, answer, args.overwrite)
+        except OSError as e:
+            raise InputError(f"--answers {args.answers}: {e.strerror or e}; give a file in a folder there is") from None
+        table = score(rows, said) if all("label" in row for row in rows) else None
+        return print(json.dumps({"questions": len(rows), "answers": str(args.answers), **made, "figures": table}))
+
+    inputs = vlm.inputs([image], [args.question or "?"])
     X = vlm.encode(inputs)  # (1, N, d_v)
     X[0, 0, 0].item()  # waits for the encoder, so that the clock starts after it
     start = time.perf_counter()
     scores = scorer(X)  # (1, N)
     keep = select(scores, K)  # (1, K)
     kept = keep[0].tolist()  # waits for the device
-    selected = time.perf_counter()
-    clock = FirstToken()
-    answer = vlm.generate(inputs, X, keep if K < vlm.tokens else None, args.max_new_tokens, streamer=clock)[0]
-    select_ms, prefill_ms = 1000 * (selected - start), 1000 * (clock.calls[1] - selected)
-
-    print(answer)
-    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (one cold run)")
+    select_ms = 1000 * (time.perf_counter() - start)
     if args.show:
         try:
             picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
         except (OSError, ValueError) as e:
-            raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder that exists") from None
+            raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder there is") from None
         print(f"wrote {args.show}")
+    keep = keep if K < vlm.tokens else None
+    if args.question is None:
+        return chat(vlm, image, X, keep, args.max_new_tokens)
+    answer, prefill_ms = timed_answer(vlm, inputs, X, keep, args.max_new_tokens)
+    print(answer)
+    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(prefill_ms, 3)}))

@@ -214,7 +214,7 @@ class VLM:
         return torch.where(allowed, columns[:, None, None, :], torch.finfo(log_alpha.dtype).min)
 
     @torch.no_grad()
-    def generate(self, inputs, X, keep=None, max_new_tokens=64, streamer=None):
+    def generate(self, inputs, X, keep=None, max_new_tokens=64, **options):
         """Greedy answers, a list of B strings. Positions go on from the last original one."""
-        ids = self.model.generate(**self.embed(inputs, X, keep), max_new_tokens=max_new_tokens, streamer=streamer)
+        ids = self.model.generate(**self.embed(inputs, X, keep), max_new_tokens=max_new_tokens, **options)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]

@@ -4,7 +4,10 @@ Each claim of the method against something that cannot share our bug. Run: pytho
 Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
 simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
 """
+import base64
+import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import warnings
 import zlib
 from pathlib import Path
@@ -821,12 +825,173 @@ def test_bad_inference_input(tmp_path, capsys):
         assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2, argv
 
 
-def test_commands_run_as_scripts():
-    """In processes of their own: the two demonstrations, and every --help."""
-    for argv in (["throttler.py"], ["denoiser.py"], ["train.py", "--help"], ["infer.py", "--help"], ["bench.py", "--help"]):
-        done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and len(done.stdout.splitlines()) > (0 if argv[0] == "denoiser.py" else 5), done.stderr
-        assert done.stderr == ""
+@pytest.mark.parametrize("file", ["throttler.py", "denoiser.py"])
+def test_demonstrations_print_what_their_docstrings_say(file):
+    done = subprocess.run([sys.executable, ROOT / file], capture_output=True, text=True)
+    example = re.search(rf"    \$ python {file}\n((?:    .*\n)+)", (ROOT / file).read_text()).group(1)
+    assert textwrap.dedent(example) == done.stdout and done.stderr == "" and done.returncode == 0
+
+
+@pytest.mark.parametrize("file", ["train.py", "infer.py", "bench.py"])
+def test_help(file):
+    done = subprocess.run([sys.executable, ROOT / file, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5 and done.stderr == ""
+
+
+# --- question files and chat ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def asked(tmp_path):
+    """A question file about the six example scenes, as rows and a path: repeated ids, prompts of three lengths."""
+    rows = [dict(question_id=i // 2, image=EXAMPLES[i // 3].name, text=QUESTIONS[i % 3], label="yes" if i % 3 else "no",
+                 category=f"kind {i % 2}") for i in range(3 * len(EXAMPLES))]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows, path
+
+
+def test_question_file_in_order_and_as_one_by_one(asked, tmp_path, capsys, monkeypatch):
+    rows, path = asked
+    stock, (scorer, _) = load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")
+    encoded = []
+    monkeypatch.setattr(infer, "load", lambda *a: stock)
+    encode = stock.encode
+    monkeypatch.setattr(stock, "encode", lambda inputs: encoded.append(len(inputs["pixel_values"])) or encode(inputs))
+    argv = ["--questions", path, "--images", EXAMPLES[0].parent, "--answers", tmp_path / "a.jsonl", "--device", "cpu",
+            "--pruner", ROOT / "data/shapes/pruner"]
+    assert run(infer.main, *argv, "--batch", 5) == 0
+    assert sum(encoded) == len(EXAMPLES), "an image is encoded once, whatever is asked about it"
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(a["question_id"], a["prompt"]) for a in answers] == [(r["question_id"], r["text"]) for r in rows]
+    assert all(a.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} for a in answers)
+    assert len({a["answer_id"] for a in answers}) == len(rows) and answers[0]["metadata"]["keep"] == 16
+    for row, answer in zip(rows, answers):
+        inputs = stock.inputs([read_image(EXAMPLES[0].parent / row["image"])], [row["text"]])
+        X = stock.encode(inputs)
+        assert stock.generate(inputs, X, select(scorer(X), 16))[0] == answer["text"]
+    assert told["figures"].keys() == {"kind 0", "kind 1", "all"} and told["figures"]["all"].keys() == {
+        "accuracy", "precision", "recall", "f1", "yes"}
+    # other settings, a file of another kind: refused and untouched, unless --overwrite
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert run(infer.main, *argv, "--keep", 20) == 2 and (tmp_path / "a.jsonl").read_bytes() == before
+    assert "other settings" in capsys.readouterr().err.splitlines()[-1]
+    assert run(infer.main, *argv, "--keep", 20, "--overwrite") == 0 and (tmp_path / "a.jsonl").read_bytes() != before
+    before = path.read_bytes()
+    assert run(infer.main, *argv, "--answers", path) == 2 and path.read_bytes() == before
+
+
+def test_a_killed_question_file_goes_on_where_it_stopped(tmp_path):
+    rows = [dict(question_id=i, text="?" * i) for i in range(12)]
+    count = []
+
+    def answer(left, kill_after=None):  # longest first, in batches of three
+        order = list(range(len(left)))[::-1]
+        for n, part in enumerate(order[at:at + 3] for at in range(0, len(left), 3)):
+            if n == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count.append(len(part))
+            yield [(j, f"answer {left[j]['question_id']}") for j in part]
+
+    def go(path, settings={"model": "m"}, **kw):
+        return infer.answer_file(path, rows, settings, lambda left: answer(left, **kw))
+
+    whole = go(tmp_path / "whole.jsonl")
+    assert whole == [f"answer {i}" for i in range(12)]
+    path, final = tmp_path / "killed.jsonl", (tmp_path / "whole.jsonl").read_bytes()
+    child = os.fork()
+    if not child:
+        go(path, kill_after=2)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    left_behind = path.read_bytes()
+    assert left_behind.count(b"\n") == 6 and b"answer 0" not in left_behind
+    for cut in (0, 1, 30, 400):  # the sixth line whole, or cut off anywhere
+        path.write_bytes(left_behind[:len(left_behind) - cut])
+        count.clear()
+        assert go(path) == whole and path.read_bytes() == final
+        assert sum(count) == 12 - left_behind[:len(left_behind) - cut].count(b"\n")
+    count.clear()
+    assert go(path) == whole and path.read_bytes() == final and not count, "nothing is asked twice"
+    with pytest.raises(InputError, match="other settings"):
+        go(path, {"model": "another"})
+    note = tmp_path / "note.txt"
+    for text in ("a note", "a note\n", '{"a": 1}\n', ""):
+        note.write_text(text)
+        if text:
+            with pytest.raises(InputError, match="no answer file"):
+                go(note)
+        assert note.read_text() == text
+
+
+def test_pope_figures():
+    """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
+    said = ["Yes", "yes.", "Yes, a cat. No dog.", "No", "no", "There is not", "No, none.", "No. Yes", "NO", "none"]
+    labels = ["yes"] * 4 + ["no"] * 6
+    f = infer.figures(said, labels, yes_no=True)
+    assert f == pytest.approx({"accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 2 / 3, "yes": 0.5})
+    assert infer.figures(["no"], ["yes"], yes_no=True) == dict(accuracy=0, precision=0, recall=0, f1=0, yes=0)
+    assert infer.figures(["Red.", "blue"], ["red", "green"]) == {"accuracy": 0.5}
+
+
+def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
+    picture = base64.b64encode(EXAMPLES[0].read_bytes()).decode()
+    for name, suffix in (("mmbench_dev.tsv", infer.LETTER), ("mmbench_dev_cn.tsv", infer.LETTER_CN)):
+        (tmp_path / name).write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
+                                     f'7\t"Which ""one""?"\tnan\tred\tblue\t\tx\tB\tcolour\t{picture}\n'
+                                     f"8\tWhere?\tLook.\ta\tb\tc\td\t\tplace\t{picture}\n")
+        first, second = infer.read_questions(tmp_path / name, need=("question_id", "image", "text"))
+        assert first["text"] == 'Which "one"?\nA. red\nB. blue' + suffix and first["label"] == "B"
+        assert second["text"] == "Look.\nWhere?\nA. a\nB. b\nC. c\nD. d" + suffix and "label" not in second
+        assert second["question_id"] == 8 and second["image"] == EXAMPLES[0].read_bytes()
+        assert suffix.strip() in (ROOT / "README.md").read_text()
+    (tmp_path / "sqa.json").write_text(json.dumps([
+        {"id": "4", "image": EXAMPLES[0].name, "conversations": [{"value": "<image>\nWhich?\nA. x\nB. y"}]},
+        {"id": "5", "conversations": [{"value": "No picture?"}]}]))
+    row, = infer.read_questions(tmp_path / "sqa.json", EXAMPLES[0].parent, need=("question_id", "image", "text"))
+    assert row["text"] == "Which?\nA. x\nB. y" + infer.LETTER and row["prompt"] == "<image>\n" + row["text"]
+    stock = load(TINY)
+    assert all(text for part in infer.ask(stock, [first, second, row], lambda X: None) for _, text in part)
+
+
+@pytest.mark.parametrize("K", [16, 144])
+def test_the_images_cache_changes_nothing(vlm, scene, K):
+    inputs, X = scene[0], scene[1][:1]
+    keep = select(X.norm(dim=-1), K) if K < 144 else None
+    cache = infer.image_cache(vlm, vlm.inputs([read_image(EXAMPLES[0])], ["Another?"]), X, keep)
+    for question in QUESTIONS:
+        sequence = vlm.embed(vlm.inputs([read_image(EXAMPLES[0])], [question]), X, keep)
+        assert K < cache.get_seq_length() < sequence["inputs_embeds"].shape[1]
+        cached = {**sequence, infer.CACHE: copy.deepcopy(cache)}
+        torch.testing.assert_close(logits_of(vlm, cached), logits_of(vlm, sequence), atol=1e-9, rtol=0)
+
+
+def test_chat_answers_are_those_of_single_runs(capsys, monkeypatch):
+    stock = load(TINY)
+    monkeypatch.setattr(infer, "load", lambda *a: stock)
+    alone = []
+    for question in QUESTIONS:
+        assert run(infer.main, EXAMPLES[0], question, "--device", "cpu") == 0
+        alone.append(capsys.readouterr().out.splitlines()[0])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([QUESTIONS[0], "", *QUESTIONS[1:]])))  # and then its end
+    assert run(infer.main, EXAMPLES[0], "--device", "cpu") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.lstrip("> ") for line in said[0:6:2]] == alone
+    assert all("ms if the image were read again" in line for line in said[1:6:2])
+
+
+def test_picture_from_standard_input_or_the_web(capsys, monkeypatch):
+    monkeypatch.setattr(infer, "load", lambda *a: load(TINY))
+    assert run(infer.main, EXAMPLES[0], QUESTIONS[0], "--device", "cpu") == 0
+    answer = capsys.readouterr().out.splitlines()[0]
+    monkeypatch.setattr(sys, "stdin", open(EXAMPLES[0]))
+    assert run(infer.main, "-", QUESTIONS[0], "--device", "cpu") == 0
+    assert capsys.readouterr().out.splitlines()[0] == answer
+    for argv, words in ((["-"], "standard input"), (["https://a.org/b.jpg", "What?"], "https://a.org/b.jpg"),
+                        ([], "picture"), (["--questions", "q.jsonl"], "--answers"),
+                        ([EXAMPLES[0], "--questions", "q", "--answers", "a"], "picture")):
+        assert run(infer.main, *argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
 # --- the README -----------------------------------------------------------------------------------------------------
@@ -836,15 +1001,20 @@ def test_readme_has_not_drifted():
     for name, lines in re.findall(r"\| `([\w./]+\.py)` \| (\d+) \|", readme):
         assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name}: the README says {lines} lines"
     assert len(re.findall(r"\| `[\w./]+\.py` \| \d+ \|", readme)) == 8
-    code = [re.sub(r"\s+", " ", (ROOT / name).read_text()) for name in
+    lines = lambda text: "\n".join(line.strip() for line in text.splitlines()) + "\n"  # without the indentation
+    code = [lines((ROOT / name).read_text()) for name in
             ("throttler.py", "denoiser.py", "model.py", "train.py", "infer.py", "bench.py")]
     snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert snippets
-    for snippet in snippets:  # every code line of the README stands in a file
-        for line in filter(str.strip, snippet.splitlines()):
-            assert any(re.sub(r"\s+", " ", line.strip()) in text for text in code), f"not in the code: {line}"
-    for path in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme):
-        assert (ROOT / "".join(path)).exists(), path
+    assert len(snippets) >= 6
+    for snippet in snippets:  # line after line, as it stands in one file
+        assert any("\n" + lines(snippet) in text for text in code), f"not in the code:\n{snippet}"
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    pictures = (ROOT / "assets/draw.py").read_text().split("PICTURES = ")[1]
+    drawn = {f"{name}.png" for name in re.findall(r'"(\w+)": \w+', pictures)}
+    shown = set(re.findall(r"\(assets/(\w+\.png)\)", readme))
+    assert drawn == shown == {p.name for p in (ROOT / "assets").glob("*.png")}
+    assert all((ROOT / "assets" / name).stat().st_size < 300_000 for name in drawn)
     for run in map(json.loads, (ROOT / "assets/runs.jsonl").read_text().splitlines()):  # what train.py printed last
         for name, by_category in run["by_category"].items():
             cells = [100 * a for a in by_category.values()] + [bench.retention(by_category, run["by_category"]["all 144"])]

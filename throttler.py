@@ -7,7 +7,15 @@ Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
 Inference: X -> Scorer -> s -> select -> the K highest tokens, in their original order. Nothing else remains.
 
-This file is pure tensor code: it knows nothing of LLaVA. Try it: `python throttler.py`.
+This file is pure tensor code: it knows nothing of LLaVA.
+
+    $ python throttler.py
+    tau 2.0: alpha ['0.791', '0.441', '0.343', '0.326', '0.098'] sum 2.000000
+    tau 0.5: alpha ['0.993', '0.594', '0.227', '0.185', '0.002'] sum 2.000000
+    tau 0.1: alpha ['1.000', '0.952', '0.035', '0.013', '0.000'] sum 2.000000
+    gradient           ['-0.025567', '-0.583845', '+0.127318', '+0.475132', '+0.006963']
+    finite differences ['-0.025567', '-0.583845', '+0.127318', '+0.475132', '+0.006963']
+    select [[0, 1]]
 """
 import torch
 import torch.nn.functional as F
