@@ -134,7 +134,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("image", help="a picture (JPEG, PNG, …)")
     ap.add_argument("question")
-    ap.add_argument("--keep", help="how many visual tokens to keep, or 'all' (default: what the pruner was trained for)")
+    ap.add_argument("--keep", help="how many visual tokens to keep, a share as 11.1%%, or 'all' "
+                                   "(default: what the pruner was trained for)")
     add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=64, metavar="T", help="length of the answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
@@ -143,9 +144,11 @@ def main():
 
     image = read_image(args.image)
     vlm, scorer, settings = load_pruned(args)
-    K = vlm.budget(args.keep or settings["keep"])
+    budget = args.keep or settings["keep"]
+    vlm.budget(budget)  # wrong input ends here, before the work
     inputs = vlm.inputs([image], [args.question])
     X = vlm.encode(inputs)  # (1, N, d_v)
+    N, K = X.shape[1], vlm.budget(budget, X)
     X[0, 0, 0].item()  # waits for the encoder, so that the clock starts after it
     start = time.perf_counter()
     scores = scorer(X)  # (1, N)
@@ -153,11 +156,11 @@ def main():
     kept = keep[0].tolist()  # waits for the device
     selected = time.perf_counter()
     clock = FirstToken()
-    answer = vlm.generate(inputs, X, keep if K < vlm.tokens else None, args.max_new_tokens, streamer=clock)[0]
+    answer = vlm.generate(inputs, X, keep if K < N else None, args.max_new_tokens, streamer=clock)[0]
     select_ms, prefill_ms = 1000 * (selected - start), 1000 * (clock.calls[1] - selected)
 
     print(answer)
-    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (one cold run)")
+    print(f"kept {K} of {N} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (one cold run)")
     if args.show:
         try:
             picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
@@ -165,7 +168,7 @@ def main():
             raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder that exists") from None
         print(f"wrote {args.show}")
     if args.json:
-        print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(prefill_ms, 3)}))
 
 

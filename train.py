@@ -89,9 +89,22 @@ def feature_statistics(vlm, loader, images=1024, per_image=32):
     tokens = []
     while sum(map(len, tokens)) < images * per_image:
         pictures, _ = next(loader)
-        X = vlm.encode(vlm.inputs(pictures, [PROMPT] * len(pictures)))  # (B, N, d_v)
-        tokens.append(X[:, torch.randperm(X.shape[1])[:per_image]].flatten(0, 1).float())
+        inputs = vlm.inputs(pictures, [PROMPT] * len(pictures))
+        X = vlm.encode(inputs)  # (B, N, d_v)
+        some = torch.randperm(X.shape[1])[:per_image]
+        X, valid = X[:, some], inputs.get("valid")
+        tokens.append((X.flatten(0, 1) if valid is None else X[valid[:, some]]).float())
     return whitening(torch.cat(tokens))
+
+
+def standardised(scores, valid=None):
+    """(s - mean) / standard deviation over each row's real tokens, (B, N) -> (B, N)."""
+    if valid is None:
+        return F.layer_norm(scores, scores.shape[-1:])
+    n = valid.sum(-1, keepdim=True)
+    s = scores.masked_fill(~valid, 0)
+    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(~valid, 0)
+    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(~valid, -torch.inf)
 
 
 def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
@@ -101,11 +114,12 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
     tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
     alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
     """
-    X = vlm.encode(inputs).float()  # (B, N, d_v)
+    X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), (B, N) or None
+    K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
-        scores = scorer(X)  # (B, N)
+        scores = scorer(X, valid)  # (B, N)
         if recipe == "ours":
-            scores = F.layer_norm(scores, scores.shape[-1:])  # (s - mean) / standard deviation
+            scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
         alpha = top_k(scores, K, tau)  # (B, N), each row sums to K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
@@ -121,7 +135,8 @@ def deployed_loss(vlm, scorer, held_out, K, batch):
         part = pairs[at:at + batch]
         inputs = vlm.inputs([read_image(p) for p, _ in part], [PROMPT] * len(part), [c for _, c in part])
         X = vlm.encode(inputs)
-        losses.append(vlm.loss(inputs, X, select(scorer(X), K)).item())
+        valid = inputs.get("valid")
+        losses.append(vlm.loss(inputs, X, select(scorer(X, valid), vlm.budget(K, X, valid))).item())
     return mean(losses)
 
 
@@ -160,7 +175,7 @@ def parse_arguments():
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
     add("--questions", "question file for the closing table (the embedded default has one)", metavar="JSONL")
-    add("--keep", f"budget K, tokens to keep ({both('keep')})", type=int, metavar="K")
+    add("--keep", f"budget, how many tokens to keep, or a share as 11.1%% ({both('keep')})", metavar="K")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step ({both('batch')})", type=int)
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
@@ -203,7 +218,7 @@ def main():
 
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, args.device, DTYPES[args.dtype])
-    K, N = vlm.budget(args.keep), vlm.tokens
+    K, N = vlm.budget(args.keep), vlm.tokens  # where N varies: K as given, N None
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -215,7 +230,7 @@ def main():
     count = {"scorer": sum(p.numel() for p in scorer.parameters()),
              "denoiser": sum(p.numel() for p in denoiser.parameters()),
              "vlm (frozen)": sum(p.numel() for p in vlm.model.parameters())}
-    print(f"{args.model}: {N} visual tokens, keep {K}; {len(training)} images; parameters "
+    print(f"{args.model}: {N or 'a varying number of'} visual tokens, keep {K}; {len(training)} images; parameters "
           + ", ".join(f"{k} {v:,}" for k, v in count.items()), file=sys.stderr)
     optimizer = torch.optim.AdamW(learned, lr=args.lr)
     mean_X, L = feature_statistics(vlm, loader, min(1024, len(training)))
@@ -243,7 +258,9 @@ def main():
 
         # log
         if step % max(1, args.steps // 12) == 0 or step == args.steps - 1:
-            hardness = alpha.detach().topk(K).values.mean().item()  # must approach 1, or what is trained is not deployed
+            kept = select(alpha.detach(), vlm.budget(K, alpha, inputs.get("valid")))
+            top = alpha.detach().gather(1, kept.clamp_min(0))[kept >= 0]  # the alpha of what would be kept
+            hardness = top.mean().item()  # must approach 1, or what is trained is not deployed
             curve.append({"step": step, "tau": tau, "loss": loss.item(), "hardness": hardness,
                           "deployed_loss": deployed_loss(vlm, scorer, held_out, K, args.batch)})
         bar.set_postfix(loss=f"{loss.item():.3f}", tau=f"{tau:.2f}", hard=f"{hardness:.2f}",
