@@ -157,8 +157,8 @@ class VLM:
         InputError for anything else.
         """
         N, text = self.tokens, str(keep)
-        share = text == "all" or text.endswith("%") and text[:-1].replace(".", "", 1).isdigit() and float(text[:-1]) / 100
-        K = int(text) if text.isdigit() else 0
+        share = text == "all" or text.endswith("%") and text[:-1].replace(".", "", 1).isdecimal() and float(text[:-1]) / 100
+        K = int(text) if text.isdecimal() else 0
         if not (0 < share <= 1 or 1 <= K <= (N or K)):
             raise InputError(f"--keep {keep}: must be a whole number from 1" + (f" to {N}, the visual tokens of {self.name}"
                              if N else "") + ", a share of them as 11.1%, or all")
