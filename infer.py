@@ -146,6 +146,8 @@ def main():
     vlm, scorer, settings = load_pruned(args)
     budget = args.keep or settings["keep"]
     vlm.budget(budget)  # wrong input ends here, before the work
+    if args.show and vlm.tokens is None:
+        raise InputError("--show: draws a square grid of patches, as LLaVA-1.5 has; leave it out for this model")
     inputs = vlm.inputs([image], [args.question])
     X = vlm.encode(inputs)  # (1, N, d_v)
     N, K = X.shape[1], vlm.budget(budget, X)

@@ -61,8 +61,8 @@ def read_image(path):
 def load(path_or_name, device="cpu", dtype=torch.float32):
     """A frozen VLM from a folder (also relative to this file) or a hub name, in transformers' own format.
 
-    'random:' and a name in RANDOM gives the true architecture with random weights and no tokenizer, for timing; on
-    device "meta" without any memory, for counting. InputError if there is no such model, or if it is of another kind.
+    'random:' and a name in RANDOM: the true architecture with random weights and no tokenizer, for timing; on device
+    "meta" without weights, for counting. InputError if there is no such model, or if it is of another kind.
     """
     try:
         torch.empty(0, device=device)
@@ -90,30 +90,28 @@ def load(path_or_name, device="cpu", dtype=torch.float32):
     return BACKBONES[kind](model.to(device), processor, name)
 
 
-def qwen2_5(hidden, layers, heads, kv_heads, mlp, vocab, tied):
-    """The published Qwen2.5-VL configuration of that size."""
-    return dict(model_type="qwen2_5_vl", tie_word_embeddings=tied,
-                vision_config=dict(hidden_size=1280, out_hidden_size=hidden, tokens_per_second=2),
-                text_config=dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                 num_key_value_heads=kv_heads, intermediate_size=mlp, vocab_size=vocab, rms_norm_eps=1e-6,
-                                 max_position_embeddings=128000, rope_theta=1e6, tie_word_embeddings=tied,
-                                 rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24])))
-
-
 VICUNA = dict(model_type="llama", vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
-RANDOM = {  # where they differ from the stock configuration; the vision towers of the first two are CLIP ViT-L/14-336
+QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=128000, rope_theta=1e6,
+            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
+RANDOM = {  # the published configurations, where they differ from the stock one of their class
     "llava-1.5-7b": dict(model_type="llava", text_config=VICUNA),
     "llava-next-7b": dict(model_type="llava_next", text_config=VICUNA),
-    "qwen2.5-vl-3b": qwen2_5(2048, 36, 16, 2, 11008, 151936, tied=True),
-    "qwen2.5-vl-7b": qwen2_5(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "qwen2.5-vl-3b": dict(
+        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=2048, tokens_per_second=2),
+        text_config=dict(QWEN, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                         intermediate_size=11008, vocab_size=151936), tie_word_embeddings=True),
+    "qwen2.5-vl-7b": dict(
+        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
+        text_config=dict(QWEN, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                         intermediate_size=18944, vocab_size=152064)),
 }
 
 
 def random_vlm(name, device, dtype):
-    """The VLM `name` = 'random:…', made where and in the type that it is to have: a 7B in bfloat16 needs 14 GB."""
-    if name.removeprefix("random:") not in RANDOM:
+    """The VLM `name` = 'random:…', made where and in the type that it is to have: a 7B in bfloat16 takes 14 GB."""
+    if name[7:] not in RANDOM:
         raise InputError(f"{name}: no such architecture; there are {', '.join('random:' + known for known in RANDOM)}")
-    config = AutoConfig.for_model(**RANDOM[name.removeprefix("random:")])
+    config = AutoConfig.for_model(**RANDOM[name[7:]])
     with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -123,11 +121,11 @@ def random_vlm(name, device, dtype):
 
 
 def at_places(values, places, skip=0):
-    """Row by row, the i-th of values (B, N, …), after `skip` (B,), where places (B, L) has its i-th True; (B, L, …).
+    """(B, L, …): in each row, the values (B, N, …) from `skip` on at the places (B, L) that are True, in order.
 
-    At the other places stands a value without meaning. It waits for no device, as indexing with a mask would.
+    Elsewhere stands a value without meaning. Unlike indexing with a mask, this waits for no device.
     """
-    i = (places.cumsum(1) - 1 + (skip[:, None] if torch.is_tensor(skip) else skip)).clamp(0, values.shape[1] - 1)
+    i = (places.cumsum(1) - 1 + skip).clamp(0, values.shape[1] - 1)  # (B, L)
     return values.gather(1, i.view(*i.shape, *(1,) * (values.dim() - 2)).expand(*i.shape, *values.shape[2:]))
 
 
@@ -152,30 +150,26 @@ class VLM:
     def budget(self, keep, X=None, valid=None):
         """How many tokens `keep` asks for: a whole number, 'all', or a share as '11.1%' of each picture's own tokens.
 
-        An int if all pictures of X (B, N, …) have N tokens, or if N is fixed; else (B,), one number each. A picture
-        with fewer tokens than a whole number asks for keeps all. Without X where N varies, `keep` itself, checked.
-        InputError for anything else.
+        An int if all pictures of X (B, N, …) have N tokens, or if N is fixed; with valid (B, N) one for each, (B,). A
+        picture that has fewer tokens keeps all. Without X where N varies, `keep` itself. InputError for anything else.
         """
         N, text = self.tokens, str(keep)
         share = text == "all" or text.endswith("%") and text[:-1].replace(".", "", 1).isdecimal() and float(text[:-1]) / 100
         K = int(text) if text.isdecimal() else 0
         if not (0 < share <= 1 or 1 <= K <= (N or K)):
-            raise InputError(f"--keep {keep}: must be a whole number from 1" + (f" to {N}, the visual tokens of {self.name}"
-                             if N else "") + ", a share of them as 11.1%, or all")
-        if X is not None:
-            N = X.shape[1]
-        if N is None:
-            return K or keep
+            whole = "a whole number" if N is None else f"a whole number from 1 to {N}, the visual tokens of {self.name}"
+            raise InputError(f"--keep {keep}: must be {whole}, a share of the tokens as 11.1%, or all")
         if valid is not None:
             N = valid.sum(1)  # (B,)
-            return (N * share).round().long().clamp_min(1) if share else N.clamp_max(K)
-        return max(1, round(N * share)) if share else min(K, N)
+            return (N.double() * share).round().long().clamp_min(1) if share else N.clamp_max(K)
+        N = N if X is None else X.shape[1]
+        return K or keep if N is None else max(1, round(N * share)) if share else min(K, N)
 
     def inputs(self, images, questions, answers=None):
         """Tensors for B pictures and B questions in the model's own chat form, left-padded to length L.
 
         input_ids, attention_mask (B, L), pixel_values; with answers (captions), which then follow the prompt, also
-        labels (B, L): the answer's tokens and the end of text, -100 elsewhere. And what the backbone's prepare() adds.
+        labels (B, L): the answer's tokens and the end of text, -100 elsewhere. And what finish() adds.
         """
         chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
         prompts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
@@ -187,21 +181,20 @@ class VLM:
             told = [len(t) - len(p) for t, p in zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids)]
             from_end = torch.arange(inputs["input_ids"].shape[1] - 1, -1, -1)  # L-1 … 0
             inputs["labels"] = inputs["input_ids"].where(from_end < torch.tensor(told)[:, None], -100)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return self.prepare(inputs).to(self.model.device)
+        return self.finish(inputs)
 
     def dummy_inputs(self, batch=1, text_tokens=95, image_size=None):
-        """As inputs(), without tokenizer or picture: noise of image_size (height, width) and text_tokens equal tokens."""
+        """As inputs(), without a tokenizer: noise for pictures of image_size (height, width), and equal text tokens."""
         pixels, places = self.dummy_pixels(batch, image_size)
         ids = torch.ones(batch, places + text_tokens, dtype=torch.long)
         ids[:, 1:1 + places] = self.image_id
-        pixels["pixel_values"] = pixels["pixel_values"].to(self.model.dtype)
         inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
-        return self.prepare(inputs).to(self.model.device)
+        return self.finish(inputs)
 
-    def prepare(self, inputs):
-        """Add what encode() and embed() need and the processor does not give."""
-        return inputs
+    def finish(self, inputs):
+        """Add what encode() and embed() need beside what the processor gives; all to the model's device and type."""
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs.to(self.model.device)
 
     def visual(self, inputs):
         """(B, L) bool: the places of the visual tokens in the full sequence, in the order of X."""
@@ -234,7 +227,7 @@ class VLM:
             order = rows["mask"].int().argsort(dim=1, stable=True)[:, out:]  # (B, L')
             rows = {name: row.gather(-1, order.expand(*row.shape[:-1], -1)) for name, row in rows.items()}
             X = X.gather(1, keep.clamp_min(0)[..., None].expand(-1, -1, X.shape[-1]))  # (B, K, d_v)
-            skip = (keep < 0).sum(1)
+            skip = (keep < 0).sum(1, keepdim=True)
         ids, mask = rows.pop("ids"), rows.pop("mask")
         visual = rows.pop("visual") & mask
         Z = self.project(X.to(self.model.dtype))  # (B, K, D)
@@ -274,11 +267,10 @@ class VLM:
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def padded(rows):
-    """Tensors (n_i, …), one for each image, as one (B, N, …) with zeros at the right; and valid (B, N), None if all fit."""
-    counts = torch.tensor([len(row) for row in rows])
-    valid = torch.arange(counts.max()) < counts[:, None]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), None if valid.all() else valid
+def ragged(counts):
+    """{} if all images have as many visual tokens, else {"valid": (B, N) bool, which of a padded row are real}."""
+    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return {} if valid.all() else {"valid": valid}
 
 
 class Llava(VLM):
@@ -328,35 +320,35 @@ class LlavaNext(Llava):
         self.tile_tokens, self.tokens = self.tokens, None
 
     def tiles(self, size):
-        return image_size_to_num_patches(size, self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size)
+        """How many tiles a picture of that size (height, width) has, the whole one included."""
+        config = self.model.config
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def pack(self, sizes):
-        """For each image, what the packed slots hold (P_i,): the number of a patch among all tiles' patches, or -1 for a
-        newline. The stock model packs; it gets numbers in place of features."""
+        """What the image's places hold, (P_i,) for each: a patch's number among those of all tiles, or -1, a newline."""
         tiles = [self.tiles(size) for size in sizes]
         numbers = torch.arange(sum(tiles) * self.tile_tokens).view(-1, self.tile_tokens, 1).split(tiles)
-        packed, _ = self.model.model.pack_image_features(
+        packed, _ = self.model.model.pack_image_features(  # the stock model packs numbers in place of features
             numbers, sizes, self.model.config.vision_feature_select_strategy, image_newline=torch.tensor([-1]))
-        return [slots[:, 0] for slots in packed]
+        return [places[:, 0] for places in packed]
 
-    def prepare(self, inputs):
+    def finish(self, inputs):
         sizes, pixels = inputs["image_sizes"], inputs["pixel_values"]
-        if pixels.dim() == 5:  # (B, tiles, 3, H, W), padded: keep the real tiles only
+        if pixels.dim() == 5:  # (B, tiles, 3, H, W), padded: encode the real tiles only
             inputs["pixel_values"] = torch.cat([image[:self.tiles(size)] for image, size in zip(pixels, sizes)])
-        packed = self.pack(sizes)
-        image = inputs["input_ids"] == self.image_id
+        packed, image = self.pack(sizes), inputs["input_ids"] == self.image_id
         inputs["newline"] = torch.zeros_like(image).masked_scatter(image, torch.cat(packed) < 0)  # (B, L)
-        inputs["patches"], valid = padded([slots[slots >= 0] for slots in packed])  # (B, N)
-        if valid is not None:
-            inputs["valid"] = valid
-        return inputs
+        patches = [places[places >= 0] for places in packed]
+        inputs["patches"] = torch.nn.utils.rnn.pad_sequence(patches, batch_first=True)  # (B, N)
+        inputs.update(ragged([len(p) for p in patches]))
+        return super().finish(inputs)
 
     def visual(self, inputs):
         return super().visual(inputs) & ~inputs["newline"]
 
     def text(self, ids, visual):
-        newline = (ids == self.image_id) & ~visual  # and what is masked out
-        return torch.where(newline[..., None], self.model.model.image_newline, super().text(ids, visual))
+        newline = ((ids == self.image_id) & ~visual)[..., None]
+        return torch.where(newline, self.model.model.image_newline, super().text(ids, visual))
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -365,9 +357,8 @@ class LlavaNext(Llava):
         return X * inputs["valid"][..., None] if "valid" in inputs else X
 
     def dummy_pixels(self, batch, image_size):
-        size, side = list(image_size or (672, 672)), self.model.config.vision_config.image_size
-        pixels = torch.randn(batch * self.tiles(size), 3, side, side)
-        sizes = torch.tensor([size] * batch)
+        sizes, side = torch.tensor([image_size or (672, 672)] * batch), self.model.config.vision_config.image_size
+        pixels = torch.randn(batch * self.tiles(sizes[0]), 3, side, side)
         return {"pixel_values": pixels, "image_sizes": sizes}, len(self.pack(sizes)[0])
 
 
@@ -383,16 +374,14 @@ class Qwen(VLM):
     def load_processor(path):
         return QwenProcessor(path)
 
-    def prepare(self, inputs):
+    def finish(self, inputs):
         ids, grid = inputs["input_ids"], inputs["image_grid_thw"]  # (B, 3): 1, rows, columns of patches
         # positions (3, B, L), always given: the model itself would go on from what an earlier call left in it
         inputs["position_ids"], _ = self.model.model.get_rope_index(
             ids, (ids == self.image_id).int(), image_grid_thw=grid, attention_mask=inputs["attention_mask"])
-        counts = grid.prod(1) // self.vision.spatial_merge_unit
-        if (counts != counts[0]).any():
-            inputs["valid"] = torch.arange(counts.max()) < counts[:, None]
+        inputs.update(ragged((grid.prod(1) // self.vision.spatial_merge_unit).tolist()))
         inputs["grid"] = grid.tolist()  # stays where it can be read without waiting for the device
-        return inputs
+        return super().finish(inputs)
 
     def positions(self, inputs):
         """Position ids of the full sequence, (3, B, L): time, row and column."""
@@ -416,10 +405,10 @@ class Qwen(VLM):
         return self.vision.merger(X.reshape(B * N * self.vision.spatial_merge_unit, -1)).view(B, N, -1)
 
     def dummy_pixels(self, batch, image_size):
-        p, m, (h, w) = self.vision.patch_size, self.vision.spatial_merge_size, image_size or (672, 672)
-        grid = torch.tensor([[1, h // (p * m) * m, w // (p * m) * m]] * batch)
-        kernel = self.vision.patch_embed.proj.weight[0].numel()  # pixels of a patch
-        return {"pixel_values": torch.randn(grid.prod(1).sum(), kernel), "image_grid_thw": grid}, int(grid[0].prod()) // m ** 2
+        m, unit = self.vision.spatial_merge_size, self.vision.patch_size * self.vision.spatial_merge_size
+        rows, columns = (side // unit for side in image_size or (672, 672))
+        grid, patch = torch.tensor([[1, m * rows, m * columns]] * batch), self.vision.patch_embed.proj.weight[0].numel()
+        return {"pixel_values": torch.randn(grid.prod(1).sum(), patch), "image_grid_thw": grid}, rows * columns
 
 
 class QwenProcessor:

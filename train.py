@@ -219,6 +219,7 @@ def main():
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, args.device, DTYPES[args.dtype])
     K, N = vlm.budget(args.keep), vlm.tokens  # where N varies: K as given, N None
+    args.keep = K
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
