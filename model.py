@@ -15,6 +15,7 @@ Three backbones, one class each, chosen by config.json's model_type. They differ
 encoder and where they go in the prompt, and in nothing else. Where pictures of a batch have different numbers of
 tokens, X is padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
 """
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -154,8 +155,8 @@ class VLM:
         picture that has fewer tokens keeps all. Without X where N varies, `keep` itself. InputError for anything else.
         """
         N, text = self.tokens, str(keep)
-        share = text == "all" or text.endswith("%") and text[:-1].replace(".", "", 1).isdecimal() and float(text[:-1]) / 100
         K = int(text) if text.isdecimal() else 0
+        share = 1 if text == "all" else float(text[:-1]) / 100 if re.fullmatch(r"\d+(\.\d+)?%", text) else 0
         if not (0 < share <= 1 or 1 <= K <= (N or K)):
             whole = "a whole number" if N is None else f"a whole number from 1 to {N}, the visual tokens of {self.name}"
             raise InputError(f"--keep {keep}: must be {whole}, a share of the tokens as 11.1%, or all")
@@ -231,7 +232,8 @@ class VLM:
         ids, mask = rows.pop("ids"), rows.pop("mask")
         visual = rows.pop("visual") & mask
         Z = self.project(X.to(self.model.dtype))  # (B, K, D)
-        embeds = torch.where(visual[..., None], at_places(Z, visual, skip), self.text(ids, visual))  # lets gradients pass
+        # out of place, so that gradients pass
+        embeds = torch.where(visual[..., None], at_places(Z, visual, skip), self.text(ids, visual))  # (B, L', D)
         return {"inputs_embeds": embeds, "attention_mask": mask.long(), **rows}
 
     def loss(self, inputs, X, keep=None, alpha=None):
@@ -253,7 +255,7 @@ class VLM:
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:][said])
 
     def presence_mask(self, inputs, log_alpha):
-        """A float mask for SDPA (B, 1, L, L): causal and padding as ever, plus log alpha in the columns of the image."""
+        """A float mask for SDPA (B, 1, L, L): causal and padding as ever, plus log alpha in the image's columns."""
         visual, mask = self.visual(inputs), inputs["attention_mask"].bool()  # (B, L)
         causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
         columns = torch.where(visual, at_places(log_alpha, visual), 0)  # (B, L)
@@ -281,15 +283,14 @@ class Llava(VLM):
         config, vision = model.config, model.config.vision_config
         if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
             raise InputError(f"{name}: vision tower {vision.model_type!r} is not supported; it must be CLIP or SigLIP")
-        class_token, self.first = int(vision.model_type[:4] == "clip"), int(config.vision_feature_select_strategy == "default")
-        self.side = vision.image_size // vision.patch_size
+        layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        self.layers, self.first = [layers] if isinstance(layers, int) else layers, int(strategy == "default")
+        class_token, self.side = int(vision.model_type == "clip_vision_model"), vision.image_size // vision.patch_size
         self.tokens = self.side ** 2 + class_token - self.first  # N, 576 for LLaVA-1.5
-        layers = config.vision_feature_layer
-        self.layers = [layers] if isinstance(layers, int) else layers
         self.width = vision.hidden_size * len(self.layers)  # d_v, 1024 for LLaVA-1.5
         if processor:  # it must count the class token, or it lays out N - 1 places for N tokens
             processor.num_additional_image_tokens, processor.patch_size = class_token, vision.patch_size
-            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+            processor.vision_feature_select_strategy = strategy
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -325,7 +326,7 @@ class LlavaNext(Llava):
         return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def pack(self, sizes):
-        """What the image's places hold, (P_i,) for each: a patch's number among those of all tiles, or -1, a newline."""
+        """What each image's places hold, (P_i,): a patch's number among those of all tiles, or -1, a newline."""
         tiles = [self.tiles(size) for size in sizes]
         numbers = torch.arange(sum(tiles) * self.tile_tokens).view(-1, self.tile_tokens, 1).split(tiles)
         packed, _ = self.model.model.pack_image_features(  # the stock model packs numbers in place of features

@@ -545,13 +545,13 @@ def folder(request, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     if config["model_type"] == "qwen2_5_vl":
-        ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
         tokenizer.chat_template = QWEN_CHAT
         content = json.loads((path / "config.json").read_text())
         content["image_token_id"] = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         (path / "config.json").write_text(json.dumps(content))
-        Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=16 * 16, longest_edge=96 * 96)).save_pretrained(path)
+        size = dict(shortest_edge=16 * 16, longest_edge=96 * 96)
+        Qwen2VLImageProcessorPil(patch_size=8, size=size).save_pretrained(path)
         tokenizer.save_pretrained(path)
         return path
     kind, images = (LlavaNextProcessor, LlavaNextImageProcessorPil) if config["model_type"] == "llava_next" else (
@@ -650,7 +650,8 @@ def test_backbone_pruned_is_the_full_model_masked(backbone):
     alpha = chosen.to(X.dtype).requires_grad_()
     loss = vlm.loss(inputs, X, alpha=alpha)
     torch.testing.assert_close(loss, vlm.loss(inputs, X, keep), atol=1e-6, rtol=0)
-    torch.testing.assert_close(vlm.loss(inputs, X, alpha=torch.ones_like(alpha)), vlm.loss(inputs, X), atol=1e-8, rtol=0)
+    ones = torch.ones_like(alpha)
+    torch.testing.assert_close(vlm.loss(inputs, X, alpha=ones), vlm.loss(inputs, X), atol=1e-8, rtol=0)
     # and one by one is what the batch is
     for i in range(len(X)):
         image = shapes.draw_scene(f"test-{i}")[0].resize(SHAPES[i])
@@ -684,8 +685,9 @@ def test_backbone_from_the_command_line(folder, tmp_path, capsys):
         "annotations": [dict(id=i, image_id=i, caption="Two shapes.") for i in range(6)]}))
     common = ("--device", "cpu", "--dtype", "float32")
     out = tmp_path / "out"
-    assert run(train.main, "--data", tmp_path / "coco.json", "--model", folder, "--steps", 2, "--batch", 3, "--keep", "25%",
-               "--recipe", "ours", "--out", out, *common) == 0
+    training = ("--data", tmp_path / "coco.json", "--model", folder, "--steps", 2, "--batch", 3, "--recipe", "ours")
+    assert run(train.main, *training, "--keep", "25%", "--out", out, *common) == 0
+    assert json.loads((out / "pruner.json").read_text())["curve"][-1]["step"] == 1
     capsys.readouterr()
     question = (tmp_path / "1.png", "How many?", "--pruner", out, "--json", "--max-new-tokens", 5, *common)
     assert run(infer.main, *question) == 0
@@ -736,7 +738,8 @@ def test_rows_with_budgets_of_their_own():
 def test_scorer_does_not_see_padding():
     torch.manual_seed(0)
     scorer, rows = Scorer(64), [torch.randn(n, 64) for n in (9, 20, 1)]
-    X, valid = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.arange(20) < torch.tensor([[9], [20], [1]])
+    X = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    valid = torch.arange(20) < torch.tensor([[9], [20], [1]])
     X[~valid] = 1e3
     scores = scorer(X, valid)
     for row, x in enumerate(rows):

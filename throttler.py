@@ -120,8 +120,7 @@ class SoftTopK(torch.autograd.Function):
 def check_budget(scores, K, least):
     """ValueError unless each row's budget lies between `least` and its tokens. A K for all rows waits for no device."""
     N = (~scores.isneginf()).sum(-1) if torch.is_tensor(K) else scores.shape[-1]
-    inside = (least <= K) & (K <= N)
-    if not (inside.all() if torch.is_tensor(K) else inside):
+    if not torch.as_tensor((least <= K) & (K <= N)).all():
         raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
 
 

@@ -220,6 +220,8 @@ def main():
     vlm = load(args.model, args.device, DTYPES[args.dtype])
     K, N = vlm.budget(args.keep), vlm.tokens  # where N varies: K as given, N None
     args.keep = K
+    if N is None and args.denoiser == "global":
+        raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
