@@ -135,7 +135,7 @@ class VLM:
 
     width: d_v. tokens: N, or None where it varies from picture to picture. image_id: the placeholder's token id.
     """
-    tokens = None
+    tokens, load_processor = None, AutoProcessor.from_pretrained
 
     def __init__(self, model, processor, name):
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
@@ -143,10 +143,6 @@ class VLM:
         old, pad = model.generation_config, processor.tokenizer.pad_token_id if processor else 0
         model.generation_config = GenerationConfig(do_sample=False, bos_token_id=old.bos_token_id,
                                                    eos_token_id=old.eos_token_id, pad_token_id=pad)
-
-    @staticmethod
-    def load_processor(path):
-        return AutoProcessor.from_pretrained(path)
 
     def budget(self, keep, X=None, valid=None):
         """How many tokens `keep` asks for: a whole number, 'all', or a share as '11.1%' of each picture's own tokens.
@@ -189,8 +185,7 @@ class VLM:
         pixels, places = self.dummy_pixels(batch, image_size)
         ids = torch.ones(batch, places + text_tokens, dtype=torch.long)
         ids[:, 1:1 + places] = self.image_id
-        inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
-        return self.finish(inputs)
+        return self.finish(BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}))
 
     def finish(self, inputs):
         """Add what encode() and embed() need beside what the processor gives; all to the model's device and type."""
@@ -363,17 +358,30 @@ class LlavaNext(Llava):
         return {"pixel_values": pixels, "image_sizes": sizes}, len(self.pack(sizes)[0])
 
 
+class QwenProcessor:
+    """Tokenizer and image processor. The stock Qwen2_5_VLProcessor needs torchvision, for videos."""
+
+    def __init__(self, path):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.apply_chat_template = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        self.batch_decode = self.tokenizer.batch_decode
+
+    def __call__(self, images, text, **kwargs):
+        pixels = self.image_processor(images=images, return_tensors="pt")
+        counts = pixels["image_grid_thw"].prod(1) // self.image_processor.merge_size ** 2
+        text = [t.replace("<|image_pad|>", "<|image_pad|>" * n) for t, n in zip(text, counts.tolist())]
+        return BatchFeature({**self.tokenizer(text, **kwargs), **pixels})
+
+
 class Qwen(VLM):
     """Qwen2.5-VL: any picture size. A visual token is a merged group of 2 x 2 patches, d_v their four features."""
+    load_processor = QwenProcessor
 
     def __init__(self, model, processor, name):
         super().__init__(model, processor, name)
         self.vision = model.model.visual
         self.width = model.config.vision_config.hidden_size * self.vision.spatial_merge_unit
-
-    @staticmethod
-    def load_processor(path):
-        return QwenProcessor(path)
 
     def finish(self, inputs):
         ids, grid = inputs["input_ids"], inputs["image_grid_thw"]  # (B, 3): 1, rows, columns of patches
@@ -410,22 +418,6 @@ class Qwen(VLM):
         rows, columns = (side // unit for side in image_size or (672, 672))
         grid, patch = torch.tensor([[1, m * rows, m * columns]] * batch), self.vision.patch_embed.proj.weight[0].numel()
         return {"pixel_values": torch.randn(grid.prod(1).sum(), patch), "image_grid_thw": grid}, rows * columns
-
-
-class QwenProcessor:
-    """Tokenizer and image processor. The stock Qwen2_5_VLProcessor needs torchvision, for videos."""
-
-    def __init__(self, path):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.apply_chat_template = partial(self.tokenizer.apply_chat_template, tokenize=False)
-        self.batch_decode = self.tokenizer.batch_decode
-
-    def __call__(self, images, text, **kwargs):
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        counts = pixels["image_grid_thw"].prod(1) // self.image_processor.merge_size ** 2
-        text = [t.replace("<|image_pad|>", "<|image_pad|>" * n) for t, n in zip(text, counts.tolist())]
-        return BatchFeature({**self.tokenizer(text, **kwargs), **pixels})
 
 
 BACKBONES = {"llava": Llava, "llava_next": LlavaNext, "qwen2_5_vl": Qwen}
