@@ -690,6 +690,8 @@ def test_backbone_from_the_command_line(folder, tmp_path, capsys):
     ids = vlm.model.generate(**stock(vlm, inputs), max_new_tokens=5)[:, inputs["input_ids"].shape[1]:]
     assert said["answer"] == vlm.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert len(said["kept"]) == said["tokens"] == int(vlm.visual(inputs).sum())
+    if vlm.tokens is None:
+        assert run(infer.main, *question, "--show", tmp_path / "kept.png") == 2 and "--show" in capsys.readouterr().err
 
 
 def test_budgets(vlm):
