@@ -1,25 +1,46 @@
 """
-What a pruner keeps: accuracy on a question file with all tokens, with the pruner's, and with choices that learn nothing.
+What pruning saves, what it costs and what it keeps. Four tables, each with its conditions:
 
-    python bench.py accuracy                       # the embedded default, K = 48, 32, 16 of 144
-    python bench.py accuracy --questions pope.jsonl --images val2014/ --pruner out --keep 192 128 64
+    python bench.py speed --model random:llava-1.5-7b   # every stage's time, with all tokens and with few (--keep 192 128 64)
+    python bench.py accuracy                            # beside random, a grid, and what other papers choose by
+    python bench.py ablations                           # train every variant, three seeds each (hours on two cores)
+    python bench.py probes                              # the papers' measured claims about gradients and noise (minutes)
+    python bench.py                                     # speed, accuracy and ablations; --json FILE saves what was measured
 
-A question file has one JSON object a line: question_id, image, text (LLaVA's evaluation format), label, and optionally
-category. An answer counts when it equals the label, letter case and a final full stop aside. Retention is the papers':
-the mean over categories of (pruned accuracy / accuracy with all tokens), in per cent.
+accuracy takes any question file: one JSON object a line with question_id, image, text (LLaVA's evaluation format), label
+and optionally category. An answer counts when it equals the label, letter case and a final full stop aside.
+Retention is the papers': the mean over categories of pruned / unpruned accuracy, in per cent.
 """
 import argparse
+import copy
 import json
 import math
+import os
+import platform
+import statistics
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from data.shapes.prepare import prepare
-from infer import add_pruner_arguments, ask, load_pruned, normal, read_questions
-from model import cli
-from throttler import select
+from infer import DTYPES, add_pruner_arguments, ask, load_pruned, load_pruner, normal, read_questions
+from model import HERE, cli, load, read_image
+from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 
+# The papers' figures, printed beside ours: LLaVA-1.5-7B, one A6000, batch 1, fp16, in ms (DiffPrune, arXiv 2605.28051)
+PUBLISHED_SPEED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill=118.66, first=149.51),
+                   "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
+
+
+# --- ways to choose without learning: X (B, N, d) and K -> keep (B, K), ascending --------------------------------------
 
 def random_tokens(X, K):
     """K tokens of each image, drawn at random (torch's seed)."""
@@ -37,13 +58,55 @@ def uniform_grid(X, K):
     return torch.tensor(sorted(keep), device=X.device).expand(B, -1)
 
 
-def accuracy(vlm, rows, choose, batch=50, desc="questions"):
-    """Share of right answers per category. choose(X) gives the tokens to keep, (B, K), or None for all."""
+def feature_norm(X, K):
+    """The K tokens with the longest features."""
+    return select(X.float().norm(dim=-1), K)
+
+
+def max_min_diversity(X, K):
+    """DivPrune (arXiv 2503.02175): greedily the token that is least like those already kept, by cosine."""
+    x = F.normalize(X.float(), dim=-1)
+    far = 1 - x @ x.mT  # (B, N, N)
+    keep = [(far + 9 * torch.eye(X.shape[1], device=X.device)).amin(-1).argmax(-1)]  # whose nearest neighbour is farthest
+    nearest = torch.full(X.shape[:2], torch.inf, device=X.device)  # to any kept token
+    for _ in range(K - 1):
+        nearest = nearest.minimum(far[torch.arange(len(X)), keep[-1]]).scatter(1, torch.stack(keep, 1), -1)
+        keep.append(nearest.argmax(-1))
+    return torch.stack(keep, 1).sort(-1).values
+
+
+def average_pooling(X, K):
+    """No choice at all: the grid averaged to K cells. (X with each cell's mean at its centre, those centres)."""
+    B, N, d = X.shape
+    side, rows = math.isqrt(N), max(r for r in range(1, math.isqrt(K) + 1) if K % r == 0)
+    cols = K // rows
+    cells = F.adaptive_avg_pool2d(X.float().mT.reshape(B, d, side, side), (rows, cols)).flatten(2).mT  # (B, K, d)
+    y, x = [((torch.arange(n, device=X.device) + 0.5) * side / n).long() for n in (rows, cols)]
+    keep = (y[:, None] * side + x).flatten().expand(B, -1)  # (B, K)
+    return X.scatter(1, keep[..., None].expand(-1, -1, d), cells.to(X.dtype)), keep
+
+
+def cls_attention(vlm, inputs):
+    """How much the encoder's class token looks at each token, (B, N), in the layer that gives X: what FasterVLM
+    (arXiv 2412.01818) and VisionZip (arXiv 2412.04467) keep the highest of. Mean over heads."""
+    tower, layer = vlm.model.model.vision_tower, vlm.model.config.vision_feature_layer
+    block = tower.encoder.layers[layer]
+    hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[layer - 1]  # what enters that layer
+    x = block.layer_norm1(hidden)  # (B, 1 + N, d)
+    q, k = [f(x).unflatten(-1, (block.self_attn.num_heads, -1)).transpose(1, 2) for f in (block.self_attn.q_proj, block.self_attn.k_proj)]
+    attention = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + N)
+    return attention.mean(1)[:, 0, 1:]
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------------
+
+def right_or_wrong(vlm, rows, choose, desc="questions"):
+    """{category: [was each question answered right]}. choose(X, inputs) gives the tokens to keep, as in infer.ask."""
     right = {}
-    for part in ask(vlm, rows, choose, batch, max_new_tokens=8, desc=desc):
+    for part in ask(vlm, rows, choose, batch=50, max_new_tokens=8, desc=desc):
         for i, answer in part:
-            right.setdefault(rows[i]["category"], []).append(normal(answer) == normal(rows[i]["label"]))
-    return {category: sum(r) / len(r) for category, r in sorted(right.items())}
+            right.setdefault(rows[i]["category"], []).append((i, normal(answer) == normal(rows[i]["label"])))
+    return {category: [r for _, r in sorted(right[category])] for category in sorted(right)}
 
 
 def mean(values):
@@ -56,38 +119,335 @@ def retention(pruned, full):
     return 100 * mean(pruned[c] / full[c] if full[c] else 1.0 for c in full)
 
 
-def accuracy_table(vlm, scorer, rows, budgets, seeds=1):
-    """Print accuracy by category and return what was printed, as {row name: (budget, {category: accuracy})}."""
-    full = accuracy(vlm, rows, lambda X: None, desc="all tokens")
-    table = {f"all {vlm.tokens}": full}
+def bootstrap(pruned, full, draws=1000):
+    """95 % interval of the retention when the questions are drawn again, within each category, the same for both."""
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        pick = {c: torch.randint(len(full[c]), (len(full[c]),), generator=generator).tolist() for c in full}
+        values.append(retention(*({c: mean(side[c][i] for i in pick[c]) for c in full} for side in (pruned, full))))
+    values.sort()
+    return values[draws // 40], values[-draws // 40 - 1]
+
+
+def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
+    """Print accuracy by category and return what was printed, {row name: {category: accuracy}}.
+
+    Random is the mean of `seeds` draws; `others` adds what other papers choose by, on models with a square grid.
+    """
+    def drawn(K, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda X, inputs: chosen(torch.rand(X.shape[:2], generator=generator).to(X.device), K, inputs)
+
+    def chosen(scores, K, inputs):
+        valid = inputs.get("valid")
+        return select(scores if valid is None else scores.masked_fill(~valid, -torch.inf), vlm.budget(K, scores, valid))
+
+    ways = {f"all {vlm.tokens or ''}".strip(): [lambda X, inputs: None]}  # row name: [choose, …], averaged
+    whole, = ways
     for K in budgets:
-        table[f"scorer {K}"] = accuracy(vlm, rows, lambda X: select(scorer(X), K), desc=f"scorer, {K}")
-        draws = []
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            draws.append(accuracy(vlm, rows, lambda X: random_tokens(X, K), desc=f"random, {K}"))
-        table[f"random {K}"] = {c: mean(draw[c] for draw in draws) for c in full}
-        table[f"uniform {K}"] = accuracy(vlm, rows, lambda X: uniform_grid(X, K), desc=f"uniform, {K}")
-    print(f"{'tokens':12}" + "".join(f"{c:>9}" for c in full) + f"{'mean':>9}{'retention':>11}")
+        ways[f"scorer {K}"] = [lambda X, inputs, K=K: chosen(scorer(X, inputs.get("valid")), K, inputs)]
+        ways[f"random {K}"] = [drawn(K, seed) for seed in range(seeds)]
+        if vlm.tokens:
+            ways[f"uniform {K}"] = [lambda X, inputs, K=K: uniform_grid(X, K)]
+        if others and vlm.tokens:
+            ways |= {f"{name} {K}": [lambda X, inputs, f=f, K=K: f(X, K)] for name, f in
+                     (("norm", feature_norm), ("diversity", max_min_diversity), ("pooling", average_pooling))}
+            ways[f"CLS {K}"] = [lambda X, inputs, K=K: select(cls_attention(vlm, inputs), K)]
+    right = {}
+    for name, chooses in ways.items():
+        draws = [right_or_wrong(vlm, rows, choose, name) for choose in chooses]
+        right[name] = {c: [mean(r) for r in zip(*(draw[c] for draw in draws))] for c in draws[0]}  # mean of the draws
+    full, table = right[whole], {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
+    print(f"{'tokens':14}" + "".join(f"{c:>9}" for c in full) + f"{'mean':>9}{'retention':>11}{'95 %':>14}")
     for name, by_category in table.items():
         cells = "".join(f"{100 * a:9.1f}" for a in [*by_category.values(), mean(by_category.values())])
-        print(f"{name:12}{cells}{retention(by_category, full):11.1f}", flush=True)
+        low, high = bootstrap(right[name], full)
+        print(f"{name:14}{cells}{retention(by_category, table[whole]):11.1f}{low:8.1f}–{high:.1f}", flush=True)
     return table
+
+
+def accuracy(args):
+    """accuracy_table for the command line: any question file, model and pruner."""
+    rows = read_questions(args.questions or prepare() / "questions.jsonl", args.images)
+    vlm, scorer, _ = load_pruned(args)
+    budgets = [vlm.budget(K) for K in args.keep or ("33.3%", "22.2%", "11.1%")]
+    return accuracy_table(vlm, scorer, rows, budgets, args.seeds, others=True)
+
+
+# --- speed --------------------------------------------------------------------------------------------------------------
+
+STAGES = ["encode", "select", "project", "prefill", "decode"]
+
+
+class Clock:
+    """Marks the ends of stages: CUDA events in the stream, so that nothing waits between stages; else the wall clock."""
+
+    def __init__(self, device):
+        self.cuda, self.marks = torch.device(device).type == "cuda", []
+        self.mark()
+
+    def mark(self):
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def milliseconds(self):
+        """Between each mark and the next."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self.marks, self.marks[1:])
+        return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairs]
+
+
+@torch.no_grad()
+def answer_once(vlm, scorer, inputs, K, prefill):
+    """From pixels to the second new token: the time of each stage in ms, and the bytes of the KV cache."""
+    clock = Clock(vlm.model.device)
+    X = vlm.encode(inputs)  # (B, N, d_v)
+    clock.mark()
+    keep = select(scorer(X), K) if K else None  # (B, K)
+    clock.mark()
+    sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
+    clock.mark()
+    out = prefill(**sequence, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)  # (B, 1)
+    clock.mark()
+    mask = F.pad(sequence["attention_mask"], (0, 1), value=1)
+    vlm.model(input_ids=token, past_key_values=out.past_key_values, attention_mask=mask,
+              position_ids=sequence["position_ids"][..., -1:] + 1, use_cache=True)
+    clock.mark()
+    cache = sum(t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+    return clock.milliseconds(), cache
+
+
+def prefill_flops(vlm, length):
+    """FLOPs of one prefill of `length` tokens, 2 a multiply-add, counted by torch on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = type(vlm.model)(copy.deepcopy(vlm.model.config)).eval()
+        embeds = torch.empty(1, length, model.get_input_embeddings().embedding_dim)
+        model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+def speed(args):
+    """Every stage of an answer with all tokens and with K of them, the rows in turn, so that a drift hits all alike."""
+    vlm = load(args.model, args.device, DTYPES[args.dtype])
+    scorer = Scorer(vlm.width).to(vlm.model.device, vlm.model.dtype).eval().requires_grad_(False)
+    inputs, N = vlm.dummy_inputs(args.batch, args.text), vlm.tokens
+    rows = {f"all {N}": None, **{f"keep {K}": K for K in map(vlm.budget, args.keep)}}
+    cuda = vlm.model.device.type == "cuda"
+    modes = {"": vlm.model}
+    if args.compile:
+        modes[", compiled"] = torch.compile(vlm.model, mode="reduce-overhead" if cuda else "default")  # CUDA graphs
+    runs = {name + mode: [] for mode in modes for name in rows}
+    result = {name: {"tflops": prefill_flops(vlm, args.text + (rows[name.split(",")[0]] or N)) / 1e12} for name in runs}
+    with tqdm(total=(args.repeats + 2) * len(runs), desc="timing", dynamic_ncols=True) as bar:
+        for repeat in range(-2, args.repeats):  # the first two are the warm-up
+            for mode, prefill in modes.items():
+                for name, K in rows.items():
+                    if cuda:
+                        torch.cuda.reset_peak_memory_stats()
+                    times, cache = answer_once(vlm, scorer, inputs, K, prefill)
+                    result[name + mode] |= {"cache_bytes": cache, **({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})}
+                    if repeat >= 0:
+                        runs[name + mode].append(dict(zip(STAGES, times)) | {"first": sum(times[:-1])})
+                    bar.update()
+    for name, row in result.items():
+        for stage in (*STAGES, "first"):
+            t = sorted(run[stage] for run in runs[name])
+            row[stage] = {"median": statistics.median(t), "p10": t[len(t) // 10], "p90": t[-len(t) // 10 - 1]}
+
+    print(f"{vlm.name}: batch {args.batch}, {N} visual and {args.text} text tokens, {args.dtype}, attention "
+          f"{vlm.model.config._attn_implementation}; ms, median [p10–p90] of {args.repeats} after 2 to warm up")
+    print(f"{'tokens':22}{'TFLOPs':>7}" + "".join(f"{s:>22}" for s in (*STAGES, "first")) + f"{'KV MB':>8}{'peak GB':>9}"
+          f"{'prefill':>9}{'first':>7}")
+    for name, row in result.items():
+        base = result[f"all {N}" + name.partition(",")[1] + name.partition(",")[2]]
+        cells = "".join(f"{row[s]['median']:9.2f} [{row[s]['p10']:.1f}–{row[s]['p90']:.1f}]".rjust(22) for s in (*STAGES, "first"))
+        peak = f"{row['peak_bytes'] / 1e9:9.2f}" if cuda else f"{'–':>9}"
+        row["ratio"] = {s: base[s]["median"] / row[s]["median"] for s in ("prefill", "first", "decode")}
+        print(f"{name:22}{row['tflops']:7.3f}{cells}{row['cache_bytes'] / 1e6:8.1f}{peak}"
+              f"{row['ratio']['prefill']:8.2f}x{row['ratio']['first']:6.2f}x")
+    for name, row in PUBLISHED_SPEED.items():
+        print(f"{name:22}{row['tflops']:7.3f}" + "".join(f"{row.get(s, '–')!s:>22}" for s in (*STAGES, "first")) + "   LLaVA-1.5-7B, one A6000, fp16")
+    return {"model": vlm.name, "batch": args.batch, "text": args.text, "dtype": args.dtype, "repeats": args.repeats,
+            "overhead": {name: row["select"]["median"] / result[f"all {N}"]["prefill"]["median"] for name, row in result.items()},
+            "rows": result}
+
+
+# --- ablations ----------------------------------------------------------------------------------------------------------
+
+VARIANTS = {  # train.py's flags: each differs from a row above it in one thing
+    "ours": [],
+    "ours, scale gate": ["--gate", "scale"],
+    "ours, Gumbel": ["--gate", "gumbel"],
+    "ours, global denoiser": ["--denoiser", "global"],
+    "ours, no denoiser": ["--denoiser", "none"],
+    "papers": ["--recipe", "papers"],
+    "papers, channel noise": ["--recipe", "papers", "--noise", "channel"],
+    "papers, isotropic noise": ["--recipe", "papers", "--noise", "isotropic"],
+    "papers, Gumbel": ["--recipe", "papers", "--gate", "gumbel"],
+}
+
+
+def ablations(args):
+    """Train every variant by train.py, seeds 0 … n-1, equal steps; then accuracy of the deployed path at each budget."""
+    budgets = [int(K) for K in args.keep or (16, 32, 48)]
+    names = {(variant, seed): args.runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+             for variant in args.variants or VARIANTS for seed in range(args.seeds)}
+
+    def train(job):
+        (variant, seed), folder = job
+        if not (folder / "pruner.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, str(HERE / "train.py"), "--seed", str(seed), "--out", str(folder), 
+                       *(["--steps", str(args.steps)] if args.steps else []), *VARIANTS[variant]]
+            with open(folder / "log.txt", "w") as log:
+                threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+                subprocess.run(command, stdout=log, stderr=log, check=True, env={**os.environ, **threads})
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(tqdm(pool.map(train, names.items()), total=len(names), desc="training runs", dynamic_ncols=True))
+    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
+    deployed = lambda choose, desc: {c: mean(r) for c, r in right_or_wrong(vlm, rows, choose, desc).items()}
+    full, table, accuracy = deployed(lambda X, inputs: None, "all"), {}, {}
+    for (variant, seed), folder in names.items():
+        scorer = load_pruner(folder)[0].to(args.device)
+        for K in budgets:
+            accuracy[variant, seed, K] = deployed(lambda X, inputs: select(scorer(X), K), f"{variant}, {seed}")
+    print(f"{'variant':26}{'hardness':>9}" + "".join(f"{f'K = {K}':>20}" for K in budgets)
+          + "   retention, mean of the seeds (lowest to highest)")
+    for variant in dict.fromkeys(variant for variant, _ in names):
+        settings = [load_pruner(names[variant, seed])[1] for seed in range(args.seeds)]
+        at = lambda K: [accuracy[variant, seed, K] for seed in range(args.seeds)]
+        table[variant] = {"hardness": mean(s["curve"][-1]["hardness"] for s in settings),
+                          "steps": settings[0]["settings"]["steps"],
+                          "retention": {K: [retention(by, full) for by in at(K)] for K in budgets},
+                          "by_category": {K: {c: mean(by[c] for by in at(K)) for c in full} for K in budgets}}
+        cells = "".join(f"{mean(r):.1f} ({min(r):.1f}–{max(r):.1f})".rjust(20) for r in table[variant]["retention"].values())
+        print(f"{variant:26}{table[variant]['hardness']:9.2f}{cells}", flush=True)
+    return table
+
+
+# --- probes -------------------------------------------------------------------------------------------------------------
+
+def probes(args):
+    """The papers' measured claims, on the embedded default, for the noise gate and for Gumbel with straight-through.
+
+    coherence: mean cosine between the scorer's gradients on independent batches, at the start and midway;
+    roughness: mean change of the loss from step to step along a random direction in the scorer's weights, noise fixed;
+    noise like dropping: accuracy with random scores, all tokens gated to a mean weight of K/N against K tokens kept.
+    """
+    from train import PROMPT, SHAPES, cosine, read_coco, training_loss  # here, since train.py imports this file
+    from denoiser import Denoiser
+    vlm, folder = load("data/shapes/llava", args.device), prepare()
+    pairs = list(read_coco(folder / "train.json").items())
+    batch, K, result = 24, SHAPES["keep"], {}
+
+    def inputs_of(i):
+        part = [pairs[(i * batch + j) % len(pairs)] for j in range(batch)]
+        return vlm.inputs([read_image(p) for p, _ in part], [PROMPT] * batch, [captions[0] for _, captions in part])
+
+    statistics_ = whitening(torch.cat([vlm.encode(inputs_of(i)) for i in range(8)]))
+    for gate, seed in [(gate, seed) for gate in ("vp", "gumbel") for seed in range(args.seeds)]:
+        torch.manual_seed(seed)
+        scorer, denoiser = (m.to(vlm.model.device) for m in (Scorer(vlm.width), Denoiser(vlm.width)))
+        optimizer = torch.optim.AdamW([*scorer.parameters(), *denoiser.parameters()], lr=SHAPES["lr"])
+        flat = lambda ts: torch.cat([t.flatten() for t in ts])
+
+        def loss_at(i, tau):
+            return training_loss(vlm, scorer, denoiser, statistics_, inputs_of(i), K, tau, gate, "papers")[0]
+
+        def coherence(tau, n=8):
+            g = torch.stack([flat(torch.autograd.grad(loss_at(-1 - i, tau), scorer.parameters())) for i in range(n)])
+            g = F.normalize(g, dim=1)
+            return (((g @ g.T).sum() - n) / (n * (n - 1))).item()
+
+        row = {"coherence_start": coherence(2.0)}
+        for step in tqdm(range(args.steps or 60), desc=f"{gate}, seed {seed}", dynamic_ncols=True, leave=False):
+            tau = cosine(2.0, 0.1, step / (args.steps or 60) / 2)
+            optimizer.zero_grad()
+            loss_at(step, tau).backward()
+            optimizer.step()
+        row["coherence_midway"] = coherence(tau)
+        weights = list(scorer.parameters())
+        direction = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights]
+        losses = []
+        with torch.no_grad():
+            for _ in range(21):  # twenty steps of 1 % of the weights' norm
+                torch.manual_seed(seed)
+                losses.append(loss_at(-1, tau).item())
+                for w, d in zip(weights, direction):
+                    w += 0.01 * d
+        row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
+        for name, value in row.items():
+            result.setdefault(gate, {}).setdefault(name, []).append(value)
+    print(f"{'':20}{'noise gate':>30}{'Gumbel, straight-through':>30}{'ratio of means':>16}")
+    for name in result["vp"]:
+        a, b = (result[gate][name] for gate in ("vp", "gumbel"))
+        show = lambda v: f"{mean(v):.4f} ({min(v):.4f}–{max(v):.4f})"
+        print(f"{name:20}{show(a):>30}{show(b):>30}{mean(a) / mean(b):16.2f}")
+
+    rows = read_questions(folder / "questions.jsonl")
+    shares, choices = [1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06], {}
+    mean_X, L = statistics_
+    for share in shares:
+        K = max(1, round(share * vlm.tokens))
+        choices[f"noise {share}"] = lambda X, inputs, K=K: (
+            vp_gate(X, soft_top_k(torch.randn(X.shape[:2], device=X.device), K), mean_X, L), None)
+        choices[f"dropped {share}"] = lambda X, inputs, K=K: random_tokens(X, K)
+    torch.manual_seed(0)
+    right = {name: 100 * mean(mean(r) for r in right_or_wrong(vlm, rows, choose, name).values()) for name, choose in choices.items()}
+    result["noise_like_dropping"] = [{"share": s, "noise": right[f"noise {s}"], "dropped": right[f"dropped {s}"]} for s in shares]
+    print("random scores: accuracy with all tokens gated to a mean weight, and with that share of tokens kept")
+    for line in result["noise_like_dropping"]:
+        print(f"{line['share']:8.0%}{line['noise']:8.1f}{line['dropped']:8.1f}")
+    return result
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+def conditions():
+    """What a number depends on, beside the code."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
+        if Path("/proc/cpuinfo").exists() else platform.processor()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("table", choices=["accuracy"])
-    ap.add_argument("--questions", help="question file (default: the embedded one, drawn if missing)")
-    ap.add_argument("--images", help="folder of its images (default: the question file's own)")
-    ap.add_argument("--keep", type=int, nargs="+", default=[48, 32, 16], help="budgets (%(default)s)")
-    ap.add_argument("--seeds", type=int, default=3, help="random choices are averaged over this many (%(default)s)")
+    add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
+    add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=["speed", "accuracy", "ablations", "probes"])
+    add("--keep", "budgets (48 32 16 for the embedded default's 144 tokens; a third, 22 % and 11 % of others')", nargs="+", metavar="K")
+    add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
+    add("--seeds", "of random choices, ablations and probes (%(default)s)", type=int, default=3)
     add_pruner_arguments(ap)
+    add("--questions", "accuracy: question file (default: the embedded one)", metavar="JSONL")
+    add("--images", "accuracy: folder of its images (default: the question file's own)", metavar="DIR")
+    add("--batch", "speed: images at once (%(default)s)", type=int, default=1)
+    add("--text", "speed: text tokens (%(default)s)", type=int, default=95, metavar="T")
+    add("--repeats", "speed: timed passes (default: 50 on a GPU, 5 on a CPU)", type=int)
+    add("--compile", "speed: also with torch.compile, on a GPU with CUDA graphs", action="store_true")
+    add("--steps", "ablations, probes: training steps (default: train.py's own; 60)", type=int)
+    add("--variants", "ablations: only these", nargs="+", choices=VARIANTS, metavar="NAME")
+    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path, default=Path("out-ablations"))
+    add("--jobs", "ablations: runs at once (%(default)s)", type=int, default=1)
     args = ap.parse_args()
-    rows = read_questions(args.questions or prepare() / "questions.jsonl", args.images)
-    vlm, scorer, _ = load_pruned(args)
-    table = accuracy_table(vlm, scorer, rows, [vlm.budget(K) for K in args.keep], args.seeds)
-    print(json.dumps({"questions": len(rows), "tokens": vlm.tokens, "accuracy": table}))
+    args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
+    measured = {"conditions": conditions(), "command": " ".join(["python bench.py", *sys.argv[1:]])}
+    print(json.dumps(measured["conditions"]), file=sys.stderr)
+    for table in [args.table] if args.table else ["speed", "accuracy", "ablations"]:
+        measured[table] = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "probes": probes}[table](args)
+        print()
+    if args.json:
+        temporary = args.json.with_name(args.json.name + ".tmp")
+        temporary.write_text(json.dumps(measured, indent=1) + "\n")
+        temporary.replace(args.json)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaModel
 
@@ -204,11 +205,12 @@ def mmbench(text, suffix):
     return rows
 
 
+@torch.no_grad()
 def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
 
-    choose(X) gives the tokens to keep, (B, K), or None for all. It never sees the question: an image that comes
-    again within 16 batches is encoded and chosen from once.
+    choose(X, inputs) gives the tokens to keep, (B, K), None for all, or (other tokens, keep). It never sees the
+    question: an image that comes again within 16 batches is encoded and chosen from once.
     """
     with tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(rows), 16 * batch):
@@ -217,16 +219,20 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
             for part in (window[at:at + batch] for at in range(0, len(window), batch)):
                 images = [rows[i]["image"] for i in part]
                 pictures = [read_image(io.BytesIO(image) if isinstance(image, bytes) else image) for image in images]
-                inputs = vlm.inputs(pictures, [rows[i]["text"] for i in part])
-                new = [j for j, image in enumerate(images) if image not in seen and image not in images[:j]]
+                new = {image: picture for image, picture in zip(images, pictures) if image not in seen}
                 if new:
-                    X = vlm.encode({"pixel_values": inputs["pixel_values"][new]})  # (new, N, d_v)
-                    with torch.no_grad():
-                        keep = choose(X)
-                    seen |= {images[j]: row for j, *row in zip(new, X, [None] * len(new) if keep is None else keep)}
+                    inputs = vlm.inputs(list(new.values()), ["?"] * len(new))
+                    X = vlm.encode(inputs)  # (new, N, d_v)
+                    keep = choose(X, inputs)
+                    X, keep = keep if isinstance(keep, tuple) else (X, keep)
+                    counts = inputs["valid"].sum(1) if "valid" in inputs else [X.shape[1]] * len(X)
+                    seen |= {image: (X[j, :counts[j]], None if keep is None else keep[j][keep[j] >= 0])
+                             for j, image in enumerate(new)}
                 X, keep = zip(*(seen[image] for image in images))
-                keep = None if keep[0] is None else torch.stack(keep)  # (B, K)
-                yield list(zip(part, vlm.generate(inputs, torch.stack(X), keep, max_new_tokens)))
+                X = pad_sequence(X, batch_first=True)  # (B, N, d_v)
+                keep = None if keep[0] is None else pad_sequence(keep, True, -1, "left")  # (B, K)
+                inputs = vlm.inputs(pictures, [rows[i]["text"] for i in part])
+                yield list(zip(part, vlm.generate(inputs, X, keep, max_new_tokens)))
                 bar.update(len(part))
 
 
@@ -304,7 +310,9 @@ def score(rows, said):
 def image_cache(vlm, inputs, X, keep=None):
     """Keys and values of the prompt up to the image's last token: the same for every question about the image."""
     after = inputs["input_ids"][0].flip(0).eq(vlm.image_id).int().argmax()  # text tokens behind the image
-    prefix = {name: t[:, :t.shape[1] - after] for name, t in vlm.embed(inputs, X, keep).items()}
+    sequence = vlm.embed(inputs, X, keep)
+    length = sequence["attention_mask"].shape[1] - after
+    prefix = {name: t[:, :length] if name == "inputs_embeds" else t[..., :length] for name, t in sequence.items()}
     cache = DynamicCache(config=vlm.model.config.text_config)
     vlm.model.model.language_model(**prefix, **{CACHE: cache})
     return cache
@@ -339,7 +347,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
-    ap.add_argument("--keep", help="visual tokens to keep, or 'all' (default: what the pruner was trained for)")
+    ap.add_argument("--keep", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the pruner's)")
     add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
@@ -364,13 +372,18 @@ def main():
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
-    K = vlm.budget(args.keep or settings["keep"])
+    budget = vlm.budget(args.keep or settings["keep"])  # wrong input ends here, before the work
+    if args.show and vlm.tokens is None:
+        raise InputError("--show: draws a square grid of patches, as LLaVA-1.5 has; leave it out for this model")
 
     if args.questions:
         pruner = hashlib.sha256((args.pruner / "scorer.safetensors").read_bytes()).hexdigest()[:12]
-        made = {"model": vlm.name, "pruner": pruner, "keep": K, "dtype": args.dtype,
+        made = {"model": vlm.name, "pruner": pruner, "keep": budget, "dtype": args.dtype,
                 "max_new_tokens": args.max_new_tokens}
-        choose = lambda X: select(scorer(X), K) if K < vlm.tokens else None
+
+        def choose(X, inputs):
+            valid = inputs.get("valid")
+            return select(scorer(X, valid), vlm.budget(budget, X, valid)) if budget != vlm.tokens else None
         answer = lambda left: ask(vlm, left, choose, args.batch, args.max_new_tokens)
         try:
             said = answer_file(args.answers, rows, made, answer, args.overwrite)
@@ -381,6 +394,7 @@ def main():
 
     inputs = vlm.inputs([image], [args.question or "?"])
     X = vlm.encode(inputs)  # (1, N, d_v)
+    N, K = X.shape[1], vlm.budget(budget, X)
     X[0, 0, 0].item()  # waits for the encoder, so that the clock starts after it
     start = time.perf_counter()
     scores = scorer(X)  # (1, N)
@@ -393,14 +407,14 @@ def main():
         except (OSError, ValueError) as e:
             raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder there is") from None
         print(f"wrote {args.show}")
-    keep = keep if K < vlm.tokens else None
+    keep = keep if K < N else None
     if args.question is None:
         return chat(vlm, image, X, keep, args.max_new_tokens)
     answer, prefill_ms = timed_answer(vlm, inputs, X, keep, args.max_new_tokens)
     print(answer)
-    print(f"kept {K} of {vlm.tokens} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
+    print(f"kept {K} of {N} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
     if args.json:
-        print(json.dumps({"answer": answer, "kept": kept, "tokens": vlm.tokens, "selection_ms": round(select_ms, 3),
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(prefill_ms, 3)}))
 
 

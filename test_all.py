@@ -30,11 +30,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
+                          LlavaForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor,
+                          Qwen2VLImageProcessorPil)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bench
 import infer
+import model
 import train
 from data.shapes import prepare as shapes
 from denoiser import Denoiser, DiagonalAttention
@@ -992,6 +995,280 @@ def test_picture_from_standard_input_or_the_web(capsys, monkeypatch):
         assert run(infer.main, *argv) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+# --- the three backbones --------------------------------------------------------------------------------------------
+
+LLAMA = dict(model_type="llama", vocab_size=394, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2)
+CLIP = dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, image_size=32, patch_size=8)
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+TINY_CONFIGS = {
+    "llava": dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4),
+    "llava, full": dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4,
+                        vision_feature_select_strategy="full", vision_feature_layer=[-2, 1]),
+    "llava, SigLIP": dict(model_type="llava", text_config=LLAMA, vision_config=SIGLIP, image_token_index=4,
+                          vision_feature_select_strategy="full", vision_feature_layer=-1),
+    "llava_next": dict(model_type="llava_next", text_config=LLAMA, vision_config=CLIP, image_token_index=4,
+                       image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32]]),
+    "qwen2_5_vl": dict(
+        model_type="qwen2_5_vl", image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8,
+                           window_size=32, fullatt_block_indexes=[1]),
+        text_config={**LLAMA, "model_type": "qwen2_5_vl_text", "vocab_size": 395, "rope_parameters": dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])}),
+}
+SHAPES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
+QWEN_CHAT = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image_pad|>{% else %}"
+             "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}\nassistant\n{% endif %}")
+
+
+@pytest.fixture(scope="module", params=TINY_CONFIGS)
+def folder(request, tmp_path_factory):
+    """A folder with a tiny random model of each class, its own processor, and the embedded default's tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = TINY_CONFIGS[request.param]
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    for p in model.parameters():  # larger than the usual start, so that every token tells
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    if config["model_type"] == "qwen2_5_vl":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+        tokenizer.chat_template = QWEN_CHAT
+        content = json.loads((path / "config.json").read_text())
+        content["image_token_id"] = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        (path / "config.json").write_text(json.dumps(content))
+        size = dict(shortest_edge=16 * 16, longest_edge=96 * 96)
+        Qwen2VLImageProcessorPil(patch_size=8, size=size).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+    kind, images = (LlavaNextProcessor, LlavaNextImageProcessorPil) if config["model_type"] == "llava_next" else (
+        LlavaProcessor, CLIPImageProcessorPil)
+    grid = {"image_grid_pinpoints": config["image_grid_pinpoints"]} if "image_grid_pinpoints" in config else {}
+    kind(images(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32), **grid), tokenizer, patch_size=8,
+         chat_template=tokenizer.chat_template).save_pretrained(path)
+    return path
+
+
+def exact(vlm):
+    """In float64: the stock RMS norms round to float32 inside."""
+    for name, norm in [(n, m) for n, m in vlm.model.named_modules() if type(m).__name__.endswith("RMSNorm")]:
+        double = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64).requires_grad_(False)
+        double.load_state_dict(norm.state_dict())
+        vlm.model.set_submodule(name, double)
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    """(vlm in float64, inputs with captions, X): three pictures of different shapes in one batch."""
+    vlm = exact(load(folder, dtype=torch.float64))
+    images = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SHAPES)]
+    inputs = vlm.inputs(images, QUESTIONS, ["One shape.", "Two.", "Three shapes: a red"])
+    return vlm, inputs, vlm.encode(inputs)
+
+
+def stock(vlm, inputs):
+    """The same, as the stock model takes it."""
+    ours = ("valid", "newline", "patches", "grid", "position_ids")
+    extra = {"mm_token_type_ids": (inputs["input_ids"] == vlm.image_id).int()} if "image_grid_thw" in inputs else {}
+    return {k: v for k, v in inputs.items() if k not in ours} | extra
+
+
+def test_backbone_keep_all_is_the_stock_model(backbone):
+    vlm, inputs, X = backbone
+    valid = inputs.get("valid")
+    assert X.shape[2] == vlm.width and (valid is None) == (vlm.tokens is not None)
+    everything = torch.arange(X.shape[1]).expand(len(X), -1)
+    if valid is not None:
+        assert (X[~valid] == 0).all() and valid.all(1).any() and not valid.all()
+        everything = everything.masked_fill(~valid, -1).sort(1).values
+    plain = stock(vlm, inputs)
+    features = vlm.model.model.get_image_features(
+        **{k: plain[k] for k in ("pixel_values", "image_sizes", "image_grid_thw") if k in plain}).pooler_output
+    for i, fed in enumerate(features):  # in raster order, what the stock model feeds its LLM, newline tokens aside
+        mine = vlm.project(X)[i] if valid is None else vlm.project(X)[i, valid[i]]
+        if "newline" in inputs:
+            fed = fed[~inputs["newline"][i, inputs["input_ids"][i] == vlm.image_id]]
+        torch.testing.assert_close(mine, fed, atol=1e-9, rtol=0)
+    options = dict(max_new_tokens=6, min_new_tokens=6, output_logits=True, return_dict_in_generate=True)
+    reference = vlm.model.generate(**plain, **options)
+    real = inputs["attention_mask"].bool()
+    # called without position ids, LLaVA would count the padding too, and rotate by other angles in float32
+    logits = vlm.model(**plain, **({} if "grid" in inputs else {"position_ids": vlm.positions(inputs)})).logits[real]
+    for keep in (None, everything):
+        ours = vlm.model.generate(**vlm.embed(inputs, X, keep), **options)
+        assert ours.sequences.equal(reference.sequences[:, real.shape[1]:])
+        torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=1e-8, rtol=0)
+        sequence = {k: v for k, v in vlm.embed(inputs, X, keep).items() if k != "labels"}
+        torch.testing.assert_close(vlm.model(**sequence).logits[real], logits, atol=1e-8, rtol=0)
+    torch.testing.assert_close(vlm.loss(inputs, X), vlm.model(**plain).loss.double(), atol=2e-6, rtol=0)
+
+
+def test_backbone_pruned_is_the_full_model_masked(backbone):
+    vlm, inputs, X = backbone
+    valid = inputs.get("valid")
+    K = torch.tensor([4, 9, 6]) if valid is None else vlm.budget("30%", X, valid)  # one budget for each image
+    scores = torch.rand(X.shape[:2], generator=torch.Generator().manual_seed(0))
+    keep = select(scores if valid is None else scores.masked_fill(~valid, -torch.inf), K)
+    assert (keep >= 0).sum(1).equal(K) and K.unique().numel() > 1 and K.max() == keep.shape[1]
+    pruned, full = vlm.embed(inputs, X, keep), vlm.embed(inputs, X)
+    assert pruned["inputs_embeds"].shape[1] < full["inputs_embeds"].shape[1]
+    assert pruned["position_ids"].ndim == (3 if "grid" in inputs else 2)
+    chosen = torch.zeros(len(X), X.shape[1] + 1, dtype=torch.long).scatter(1, keep + 1, 1)[:, 1:]
+    mask, visual = full["attention_mask"].clone(), vlm.visual(inputs)
+    for row in range(len(X)):
+        mask[row, visual[row]] = chosen[row] if valid is None else chosen[row, valid[row]]
+    assert mask.sum(1).equal(pruned["attention_mask"].sum(1))
+    oracle = logits_of(vlm, {**full, "attention_mask": mask})
+    vlm.model.generate(**stock(vlm, inputs), max_new_tokens=2)  # leaves rope_deltas behind, which must not matter
+    torch.testing.assert_close(logits_of(vlm, pruned), oracle, atol=1e-8, rtol=0)
+    assert (logits_of(vlm, full) - oracle).abs().max() > 1e-3, "the dropped tokens should matter"
+    # presence: alpha of ones and zeros gives the loss of the tokens kept and dropped
+    alpha = chosen.to(X.dtype).requires_grad_()
+    loss = vlm.loss(inputs, X, alpha=alpha)
+    torch.testing.assert_close(loss, vlm.loss(inputs, X, keep), atol=1e-6, rtol=0)
+    ones = torch.ones_like(alpha)
+    torch.testing.assert_close(vlm.loss(inputs, X, alpha=ones), vlm.loss(inputs, X), atol=1e-8, rtol=0)
+    # and one by one is what the batch is
+    for i in range(len(X)):
+        image = shapes.draw_scene(f"test-{i}")[0].resize(SHAPES[i])
+        alone = vlm.inputs([image], [QUESTIONS[i]])
+        x = vlm.encode(alone)
+        assert "valid" not in alone
+        torch.testing.assert_close(x[0], X[i] if valid is None else X[i, valid[i]], atol=1e-9, rtol=0)
+        assert valid is None or vlm.budget("30%", x) == K[i]
+
+
+def test_backbone_sends_gradients_to_the_scorer(backbone):
+    vlm, inputs, X = backbone
+    torch.manual_seed(0)
+    scorer, denoiser, statistics = Scorer(vlm.width), Denoiser(vlm.width), whitening(X)
+    for recipe in ("ours", "papers"):
+        scorer.zero_grad()
+        loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, "30%", 0.5, recipe=recipe)
+        loss.backward()
+        K = torch.as_tensor(vlm.budget("30%", X, inputs.get("valid"))).expand(len(X))
+        torch.testing.assert_close(alpha.detach().sum(1), K.float())
+        assert "valid" not in inputs or (alpha[~inputs["valid"]] == 0).all()
+        assert all(p.grad.isfinite().all() for p in scorer.parameters()) and scorer.head.weight.grad.abs().sum() > 0
+
+
+def test_backbone_from_the_command_line(folder, tmp_path, capsys):
+    pictures = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(2 * SHAPES)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    (tmp_path / "coco.json").write_text(json.dumps({
+        "images": [dict(id=i, file_name=f"{i}.png") for i in range(6)],
+        "annotations": [dict(id=i, image_id=i, caption="Two shapes.") for i in range(6)]}))
+    common = ("--device", "cpu", "--dtype", "float32")
+    out = tmp_path / "out"
+    training = ("--data", tmp_path / "coco.json", "--model", folder, "--steps", 2, "--batch", 3, "--recipe", "ours")
+    assert run(train.main, *training, "--keep", "25%", "--out", out, *common) == 0
+    assert json.loads((out / "pruner.json").read_text())["curve"][-1]["step"] == 1
+    capsys.readouterr()
+    question = (tmp_path / "1.png", "How many?", "--pruner", out, "--json", "--max-new-tokens", 5, *common)
+    assert run(infer.main, *question) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(said["kept"]) == max(1, round(0.25 * said["tokens"])) and said["kept"] == sorted(set(said["kept"]))
+    assert run(infer.main, *question, "--keep", "all") == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    vlm = load(folder)
+    inputs = vlm.inputs([read_image(tmp_path / "1.png")], ["How many?"])
+    ids = vlm.model.generate(**stock(vlm, inputs), max_new_tokens=5)[:, inputs["input_ids"].shape[1]:]
+    assert said["answer"] == vlm.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert len(said["kept"]) == said["tokens"] == int(vlm.visual(inputs).sum())
+    if vlm.tokens is None:
+        assert run(infer.main, *question, "--show", tmp_path / "kept.png") == 2 and "--show" in capsys.readouterr().err
+
+
+def test_budgets(vlm):
+    for keep, K in ((16, 16), ("16", 16), ("all", 144), ("11.1%", 16), ("100%", 144), ("0.1%", 1)):
+        assert vlm.budget(keep) == vlm.budget(keep, torch.zeros(2, 144, 1)) == K
+    for keep in (0, 145, "", "%", "0%", "101%", "-3", "1.5", "nan%", "1e1%", "²"):
+        with pytest.raises(InputError, match="--keep"):
+            vlm.budget(keep)
+    varying, valid = copy.copy(vlm), torch.arange(30) < torch.tensor([[30], [9], [2]])
+    varying.tokens = None
+    for keep, K in (("10%", [3, 1, 1]), ("all", [30, 9, 2]), (12, [12, 9, 2])):
+        assert varying.budget(keep, valid, valid).tolist() == K and varying.budget(keep) == keep
+
+
+def test_rows_with_budgets_of_their_own():
+    torch.manual_seed(0)
+    scores, valid = torch.randn(4, 30, dtype=torch.float64), torch.arange(30) < torch.tensor([[30], [30], [12], [5]])
+    scores, K = scores.masked_fill(~valid, -torch.inf), torch.tensor([7, 20, 12, 1])
+    alpha, keep = soft_top_k(scores, K, 0.3), select(scores, K)
+    assert keep.shape == (4, 20)
+    for row in range(4):
+        n = valid[row].sum()
+        torch.testing.assert_close(alpha[row, :n], soft_top_k(scores[row, :n], K[row].item(), 0.3), atol=1e-12, rtol=0)
+        assert (alpha[row, n:] == 0).all()
+        assert keep[row].tolist() == [-1] * (20 - K[row]) + select(scores[row:row + 1, :n], K[row].item())[0].tolist()
+    assert (select(scores, 15) >= 0).sum(1).tolist() == [15, 15, 12, 5], "padding is never selected"
+    assert torch.autograd.gradcheck(lambda s: soft_top_k(s.masked_fill(~valid, -torch.inf), K, 0.5), scores.masked_fill(
+        ~valid, 0).requires_grad_())
+    for wrong in (torch.tensor([7, 31, 1, 1]), torch.tensor([1, 1, 13, 1]), torch.tensor([-1, 1, 1, 1])):
+        with pytest.raises(ValueError):
+            soft_top_k(scores, wrong)
+        with pytest.raises(ValueError):
+            select(scores, wrong)
+
+
+def test_scorer_does_not_see_padding():
+    torch.manual_seed(0)
+    scorer, rows = Scorer(64), [torch.randn(n, 64) for n in (9, 20, 1)]
+    X = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    valid = torch.arange(20) < torch.tensor([[9], [20], [1]])
+    X[~valid] = 1e3
+    scores = scorer(X, valid)
+    for row, x in enumerate(rows):
+        torch.testing.assert_close(scores[row, :len(x)], scorer(x[None])[0], atol=1e-5, rtol=0)
+        assert scores[row, len(x):].isneginf().all()
+    standard = train.standardised(scores, valid)
+    torch.testing.assert_close(standard[0, :9], train.standardised(scorer(rows[0][None]))[0], atol=1e-4, rtol=0)
+    standard[valid].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in scorer.parameters())
+
+
+def test_random_architectures(monkeypatch):
+    """The true shapes, on the meta device; and shrunken ones that run."""
+    sizes = {"llava-1.5-7b": 7063427072, "llava-next-7b": 7063431168, "qwen2.5-vl-3b": 3754622976,
+             "qwen2.5-vl-7b": 8292166656}
+    for name, parameters in sizes.items():
+        vlm = load("random:" + name, "meta", torch.bfloat16)
+        assert sum(p.numel() for p in vlm.model.parameters()) == parameters
+        assert {p.dtype for p in vlm.model.parameters()} == {torch.bfloat16} and vlm.model.device.type == "meta"
+        inputs = vlm.dummy_inputs(2, 95, (140, 84) if "qwen" in name else None)
+        X = vlm.encode(inputs)
+        N = {"llava-1.5-7b": 576, "llava-next-7b": 576 + 48 * 48}.get(name, 5 * 3)
+        assert X.shape == (2, N, vlm.width) and X.device.type == "meta"
+        sequence = vlm.embed(inputs, X, torch.zeros(2, 9, dtype=torch.long, device="meta"))
+        assert sequence["inputs_embeds"].shape[1] == 95 + 9 + (48 if "next" in name else 0)
+    for name, config in TINY_CONFIGS.items():
+        monkeypatch.setitem(model.RANDOM, name, config)
+        vlm = load("random:" + name, dtype=torch.bfloat16)
+        inputs = vlm.dummy_inputs(2, 9, (64, 96))
+        X = vlm.encode(inputs)
+        logits = vlm.model(**vlm.embed(inputs, X, select(torch.rand(X.shape[:2]), 5)), logits_to_keep=1).logits
+        assert X.isfinite().all() and logits.isfinite().all() and logits.std() > 0 and logits.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="random:llava-1.5-7b"):
+        load("random:gpt")
+
+
+def test_an_unknown_backbone_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(InputError, match="'blip'.*llava, llava_next, qwen2_5_vl"):
+        load(tmp_path)
+    for change, words in ((dict(vision_config={**SIGLIP, "model_type": "pixtral"}), "vision tower"),
+                          (dict(model_type="llava_next", vision_feature_select_strategy="full"), "class token")):
+        config = AutoConfig.for_model(**{**TINY_CONFIGS["llava"], **change})
+        with pytest.raises(InputError, match=words):
+            model.BACKBONES[config.model_type](AutoModelForImageTextToText.from_config(config), None, "this one")
 
 
 # --- the README -----------------------------------------------------------------------------------------------------

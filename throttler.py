@@ -33,10 +33,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, valid=None):
         B, N, W = x.shape  # images, tokens, width
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, W // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, N, 64)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, nh, N, 64)
+        mask = None if valid is None else valid[:, None, None, :]  # (B, 1, 1, N): padding is no key
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, nh, N, 64)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
 
 
@@ -49,8 +50,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, *valid):
+        x = x + self.attn(self.norm1(x), *valid)
         return x + self.mlp(self.norm2(x))
 
 
@@ -58,21 +59,25 @@ class Scorer(nn.Module):
     """One logit per visual token: X (B, N, d_v) -> scores (B, N), float32 or wider.
 
     Two blocks with global attention, width min(d_v, 1024), then a linear head. It sees the image only, never the
-    question, so its choice can be kept for further questions about the same image.
+    question, so its choice can be kept for further questions about the same image. Where images have different
+    numbers of tokens, valid (B, N) says which are real: padding is not attended to, and scores -inf.
     """
 
     def __init__(self, d_v):
         super().__init__()
         width = min(d_v, 1024)
         self.inp = nn.Linear(d_v, width) if d_v != width else nn.Identity()
-        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
 
-    def forward(self, X):
-        x = self.blocks(self.inp(X.to(self.head.weight.dtype)))  # (B, N, width)
+    def forward(self, X, valid=None):
+        x = self.inp(X.to(self.head.weight.dtype))  # (B, N, width)
+        for block in self.blocks:
+            x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
 
 
 class SoftTopK(torch.autograd.Function):
@@ -84,7 +89,7 @@ class SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, K, tau):
         s = scores.double() / tau  # (..., N)
-        N = s.shape[-1]
+        N, K = s.shape[-1], K.unsqueeze(-1) if torch.is_tensor(K) else K  # one budget for all rows, or (..., 1)
         r = s.sort(dim=-1, descending=True).values
         # With the k highest scores above b and the others below,
         #     Σ_i F(s_i - b) = k - ½·e^b·P + ½·e^-b·Q     P = Σ_{i<=k} e^-r_i,   Q = Σ_{i>k} e^r_i
@@ -120,14 +125,21 @@ class SoftTopK(torch.autograd.Function):
         return ds.to(grad.dtype), None, None
 
 
+def check_budget(scores, K, least):
+    """ValueError unless each row's budget lies between `least` and its tokens. A K for all rows waits for no device."""
+    N = (~scores.isneginf()).sum(-1) if torch.is_tensor(K) else scores.shape[-1]
+    if not torch.as_tensor((least <= K) & (K <= N)).all():
+        raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
+
+
 def soft_top_k(scores, K, tau=1.0):
     """Weights alpha in [0, 1] that sum to K, (..., N) -> (..., N), in the type of `scores`.
 
     Differentiable in the scores, monotone, unchanged when all scores shift; tau -> 0 makes it the hard top-K.
-    A score of -inf (padding) gets exactly 0. K may be any number from 0 to N; ValueError otherwise.
+    A score of -inf (padding) gets exactly 0. K may be any number from 0 to N, or a tensor (...,) with one for each row,
+    from 0 to the tokens that are not padding; ValueError otherwise.
     """
-    if not 0 <= K <= scores.shape[-1]:
-        raise ValueError(f"K must lie between 0 and the {scores.shape[-1]} tokens there are, not {K}")
+    check_budget(scores, K, 0)
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
     return SoftTopK.apply(scores, K, tau)
@@ -176,15 +188,22 @@ def gumbel_top_k(scores, K, tau=1.0):
     """Ablation: a sampled hard top-K of 0 and 1 with the gradient of the soft one (straight-through), for scale_gate."""
     noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
     alpha = soft_top_k(noisy, K, tau)
-    hard = torch.zeros_like(alpha).scatter(-1, noisy.topk(K, dim=-1).indices, 1.0)
+    hard = F.pad(torch.zeros_like(alpha), (1, 0)).scatter(-1, select(noisy, K) + 1, 1.0)[..., 1:]
     return hard + alpha - alpha.detach()
 
 
 def select(scores, K):
-    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N."""
-    if not 1 <= K <= scores.shape[-1]:
-        raise ValueError(f"K must lie between 1 and the {scores.shape[-1]} tokens there are, not {K}")
-    return scores.topk(K, dim=-1).indices.sort(dim=-1).values
+    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N.
+
+    K may be a tensor (B,), one for each row; a row that keeps fewer than the most, or has fewer, begins with -1.
+    """
+    check_budget(scores, K, 1)
+    most = int(K.max()) if torch.is_tensor(K) else K
+    top = scores.topk(most, dim=-1)  # descending
+    keep = top.indices.masked_fill(top.values.isneginf(), -1)  # never padding
+    if torch.is_tensor(K):
+        keep = keep.masked_fill(torch.arange(most, device=K.device) >= K.unsqueeze(-1), -1)
+    return keep.sort(dim=-1).values
 
 
 if __name__ == "__main__":

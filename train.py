@@ -60,8 +60,9 @@ def feature_statistics(vlm, batches, seed, noise="whitened", per_image=32):
     """Whitening [mean, L] of the encoder's features, from some tokens of some training images; two ablations of L."""
     tokens, g = [], generator(seed, "tokens")
     for _, inputs, _ in batches:
-        X = vlm.encode(inputs)  # (B, N, d_v)
-        tokens.append(X[:, torch.randperm(X.shape[1], generator=g)[:per_image].to(X.device)].flatten(0, 1).float())
+        X, valid = vlm.encode(inputs), inputs.get("valid")  # (B, N, d_v)
+        some = torch.randperm(X.shape[1], generator=g)[:per_image].to(X.device)
+        tokens.append((X[:, some].flatten(0, 1) if valid is None else X[:, some][valid[:, some]]).float())
     mean_X, L = whitening(torch.cat(tokens))
     if noise != "whitened":
         variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
@@ -69,15 +70,25 @@ def feature_statistics(vlm, batches, seed, noise="whitened", per_image=32):
     return [mean_X, L.contiguous()]  # one layout in memory before and after a resume: the layout changes the rounding
 
 
-def with_noise(graph, samples, seed):
+def with_noise(graph, samples, inputs, seed):
     """training_loss's first arguments, with ε (B, N, d_v) among the statistics. It is drawn for each sample by its
     number alone, so it is the same however a batch is split over parts and processes, and after a resume."""
     vlm, scorer, denoiser, statistics = graph
     device = vlm.model.device
     torch.manual_seed(generator(seed, "gumbel", samples[0]).initial_seed())  # that gate draws its own
-    noise = [torch.randn(vlm.tokens, vlm.width, device=device, generator=generator(seed, "noise", g, device=device))
-             for g in samples]
-    return vlm, scorer, denoiser, (*statistics, torch.stack(noise))
+    noise = [torch.randn(n, vlm.width, device=device, generator=generator(seed, "noise", g, device=device))
+             for n, g in zip(vlm.visual(inputs).sum(1).tolist(), samples)]
+    return vlm, scorer, denoiser, (*statistics, torch.nn.utils.rnn.pad_sequence(noise, batch_first=True))
+
+
+def standardised(scores, valid=None):
+    """(s - mean) / standard deviation over each row's real tokens, (B, N) -> (B, N)."""
+    if valid is None:
+        return F.layer_norm(scores, scores.shape[-1:])
+    n = valid.sum(-1, keepdim=True)
+    s = scores.masked_fill(~valid, 0)
+    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(~valid, 0)
+    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(~valid, -torch.inf)
 
 
 def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
@@ -87,11 +98,12 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
     tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
     alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
     """
-    X = vlm.encode(inputs).float()  # (B, N, d_v)
+    X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), (B, N) or None
+    K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
-        scores = scorer(X)  # (B, N)
+        scores = scorer(X, valid)  # (B, N)
         if recipe == "ours":
-            scores = F.layer_norm(scores, scores.shape[-1:])  # (s - mean) / standard deviation
+            scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
         alpha = top_k(scores, K, tau)  # (B, N), each row sums to K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
@@ -115,9 +127,10 @@ def held_out_losses(graph, batches, K, tau, args):
     vlm, scorer, *_ = graph
     sums = torch.zeros(3, device=vlm.model.device)
     for g, inputs, _ in batches:
-        soft, _ = training_loss(*with_noise(graph, g, args.seed), inputs, K, tau, args.gate, args.recipe)
+        soft, _ = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, K, tau, args.gate, args.recipe)
         X = vlm.encode(inputs)
-        deployed = vlm.loss(inputs, X, select(scorer(X), K))
+        valid = inputs.get("valid")
+        deployed = vlm.loss(inputs, X, select(scorer(X, valid), vlm.budget(K, X, valid)))
         sums += torch.stack([soft, deployed, torch.ones_like(soft)]) * words_in(inputs)
     sum_over_processes(sums)
     return (sums[:2] / sums[2]).tolist()
@@ -196,7 +209,7 @@ def parse_arguments():
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
     add("--questions", "question file for the closing table (the embedded default has one)", metavar="JSONL")
-    add("--keep", f"budget K, tokens to keep ({both('keep')})", type=int, metavar="K")
+    add("--keep", f"budget, how many tokens to keep, or a share as 11.1%% ({both('keep')})", metavar="K")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
@@ -279,7 +292,10 @@ def main():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
     torch.manual_seed(args.seed)
     vlm = load(args.model, args.device, DTYPES[args.dtype])
-    K, N = vlm.budget(args.keep), vlm.tokens
+    K, N = vlm.budget(args.keep), vlm.tokens  # where N varies: K as given, N None
+    args.keep = K
+    if N is None and args.denoiser == "global":
+        raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
     if args.checkpointing:
         vlm.recompute()
@@ -293,7 +309,7 @@ def main():
     learned, at_once = list(pruner.parameters()), math.ceil(args.batch / parts)
     count = {name: sum(p.numel() for p in module.parameters())
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
-    say(f"{args.model}: {N} visual tokens, keep {K}; {len(data.training)} images; parameters "
+    say(f"{args.model}: {N or 'a varying number of'} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
     about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count, "settings": flags,
              "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -366,10 +382,12 @@ def main():
             waited -= time.time()
             g, inputs, unreadable = next(samples)
             waited += time.time()
-            loss, alpha = training_loss(*with_noise(graph, g, args.seed), inputs, K, tau, args.gate, args.recipe)
+            loss, alpha = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, K, tau, args.gate, args.recipe)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            hardness = alpha.detach().topk(K).values.mean(1).sum()  # must approach 1, as it is in use
+            kept = select(alpha.detach(), vlm.budget(K, alpha, inputs.get("valid")))  # (B, K)
+            top = alpha.detach().gather(1, kept.clamp_min(0)) * (kept >= 0)
+            hardness = (top.sum(1) / (kept >= 0).sum(1)).sum()  # must approach 1, as it is in use
             counts = totals.new_tensor([unreadable, len(signals)])
             totals += torch.cat([torch.stack([loss.detach() * words, words, hardness]), counts])
         sum_over_processes(totals, *(p.grad for p in learned))

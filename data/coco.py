@@ -61,8 +61,9 @@ def read_coco(path, images=None):
 
 def check_fit(vlm, path, pairs, prompt):
     """InputError for a caption that the model cannot take. A token is at least a byte, so few need counting."""
-    tokenizer, image_token = vlm.processor.tokenizer, vlm.processor.image_token
-    room = vlm.model.config.get_text_config().max_position_embeddings - vlm.tokens
+    tokenizer = vlm.processor.tokenizer
+    image_token = tokenizer.convert_ids_to_tokens(vlm.image_id)
+    room = vlm.model.config.get_text_config().max_position_embeddings - (vlm.tokens or 2880)
     room -= len(tokenizer(prompt).input_ids) + 32  # 32 for the words of the chat form
     for image, captions in pairs.items():
         for caption in captions:
@@ -122,4 +123,5 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
         skipped.update(unreadable)
         if inputs is None:
             raise InputError(f"{unreadable[-1]}: cannot be read as an image, nor can those before it; check --images")
-        yield g, {name: t.to(vlm.model.device) for name, t in inputs.items()}, len(unreadable)
+        device = vlm.model.device
+        yield g, {name: t.to(device) if torch.is_tensor(t) else t for name, t in inputs.items()}, len(unreadable)
