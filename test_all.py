@@ -568,9 +568,9 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, coco, monkey
     for i, step in enumerate(kills):
         in_a_write, reached = i == 1, []
 
-        def die_in_the_step(graph, g, seed):
+        def die_in_the_step(graph, g, inputs, seed):
             reached.extend([1] * (g[0] == 4 * step))
-            return real(graph, g, seed) if in_a_write or not reached else os.kill(os.getpid(), signal.SIGKILL)
+            return real(graph, g, inputs, seed) if in_a_write or not reached else os.kill(os.getpid(), signal.SIGKILL)
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "with_noise", die_in_the_step)
@@ -953,7 +953,7 @@ def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
     row, = infer.read_questions(tmp_path / "sqa.json", EXAMPLES[0].parent, need=("question_id", "image", "text"))
     assert row["text"] == "Which?\nA. x\nB. y" + infer.LETTER and row["prompt"] == "<image>\n" + row["text"]
     stock = load(TINY)
-    assert all(text for part in infer.ask(stock, [first, second, row], lambda X: None) for _, text in part)
+    assert all(text for part in infer.ask(stock, [first, second, row], lambda X, inputs: None) for _, text in part)
 
 
 @pytest.mark.parametrize("K", [16, 144])

@@ -63,7 +63,7 @@ def check_fit(vlm, path, pairs, prompt):
     """InputError for a caption that the model cannot take. A token is at least a byte, so few need counting."""
     tokenizer = vlm.processor.tokenizer
     image_token = tokenizer.convert_ids_to_tokens(vlm.image_id)
-    room = vlm.model.config.get_text_config().max_position_embeddings - (vlm.tokens or 2880)
+    room = vlm.model.config.get_text_config().max_position_embeddings - (vlm.tokens or 0)
     room -= len(tokenizer(prompt).input_ids) + 32  # 32 for the words of the chat form
     for image, captions in pairs.items():
         for caption in captions:
