@@ -31,10 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.shapes.prepare import prepare
-from infer import DTYPES, add_pruner_arguments, ask, load_pruned, load_pruner, normal, read_questions
+from infer import CACHE, DTYPES, add_pruner_arguments, ask, load_pruned, load_pruner, normal, read_questions
 from model import HERE, cli, load, read_image
 from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 
+SHARES = ("33.3%", "22.2%", "11.1%")  # the papers' budgets: 192, 128 and 64 of LLaVA-1.5's 576 tokens
 # The papers' figures, printed beside ours: LLaVA-1.5-7B, one A6000, batch 1, fp16, in ms (DiffPrune, arXiv 2605.28051)
 PUBLISHED_SPEED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill=118.66, first=149.51),
                    "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
@@ -170,7 +171,7 @@ def accuracy(args):
     """accuracy_table for the command line: any question file, model and pruner."""
     rows = read_questions(args.questions or prepare() / "questions.jsonl", args.images)
     vlm, scorer, _ = load_pruned(args)
-    budgets = [vlm.budget(K) for K in args.keep or ("33.3%", "22.2%", "11.1%")]
+    budgets = [vlm.budget(K) for K in args.keep or SHARES]
     return accuracy_table(vlm, scorer, rows, budgets, args.seeds, others=True)
 
 
@@ -215,11 +216,11 @@ def answer_once(vlm, scorer, inputs, K, prefill):
     token = out.logits[:, -1:].argmax(-1)  # (B, 1)
     clock.mark()
     mask = F.pad(sequence["attention_mask"], (0, 1), value=1)
-    vlm.model(input_ids=token, past_key_values=out.past_key_values, attention_mask=mask,
+    cache = out.get("cache") or out["past_key_values"]  # the key's name as CACHE
+    vlm.model(input_ids=token, **{CACHE: cache}, attention_mask=mask,
               position_ids=sequence["position_ids"][..., -1:] + 1, use_cache=True)
     clock.mark()
-    cache = sum(t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-    return clock.milliseconds(), cache
+    return clock.milliseconds(), sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 def prefill_flops(vlm, length):
@@ -233,16 +234,17 @@ def prefill_flops(vlm, length):
 
 def speed(args):
     """Every stage of an answer with all tokens and with K of them, the rows in turn, so that a drift hits all alike."""
-    vlm = load(args.model, args.device, DTYPES[args.dtype])
+    vlm = load(args.model or "data/shapes/llava", args.device, DTYPES[args.dtype])
     scorer = Scorer(vlm.width).to(vlm.model.device, vlm.model.dtype).eval().requires_grad_(False)
-    inputs, N = vlm.dummy_inputs(args.batch, args.text), vlm.tokens
-    rows = {f"all {N}": None, **{f"keep {K}": K for K in map(vlm.budget, args.keep)}}
-    cuda = vlm.model.device.type == "cuda"
+    inputs = vlm.dummy_inputs(args.batch, args.text)
+    X, L = vlm.encode(inputs), inputs["input_ids"].shape[1]
+    N, cuda = X.shape[1], vlm.model.device.type == "cuda"
+    rows = {f"all {N}": None} | {f"keep {K}": K for K in (vlm.budget(K, X) for K in args.keep or SHARES)}
     modes = {"": vlm.model}
     if args.compile:
         modes[", compiled"] = torch.compile(vlm.model, mode="reduce-overhead" if cuda else "default")  # CUDA graphs
     runs = {name + mode: [] for mode in modes for name in rows}
-    result = {name: {"tflops": prefill_flops(vlm, args.text + (rows[name.split(",")[0]] or N)) / 1e12} for name in runs}
+    result = {name + mode: {"tflops": prefill_flops(vlm, L - N + (K or N)) / 1e12} for mode in modes for name, K in rows.items()}
     with tqdm(total=(args.repeats + 2) * len(runs), desc="timing", dynamic_ncols=True) as bar:
         for repeat in range(-2, args.repeats):  # the first two are the warm-up
             for mode, prefill in modes.items():
@@ -264,7 +266,7 @@ def speed(args):
     print(f"{'tokens':22}{'TFLOPs':>7}" + "".join(f"{s:>22}" for s in (*STAGES, "first")) + f"{'KV MB':>8}{'peak GB':>9}"
           f"{'prefill':>9}{'first':>7}")
     for name, row in result.items():
-        base = result[f"all {N}" + name.partition(",")[1] + name.partition(",")[2]]
+        base = result[f"all {N}" + "".join(name.partition(",")[1:])]
         cells = "".join(f"{row[s]['median']:9.2f} [{row[s]['p10']:.1f}–{row[s]['p90']:.1f}]".rjust(22) for s in (*STAGES, "first"))
         peak = f"{row['peak_bytes'] / 1e9:9.2f}" if cuda else f"{'–':>9}"
         row["ratio"] = {s: base[s]["median"] / row[s]["median"] for s in ("prefill", "first", "decode")}
@@ -279,16 +281,17 @@ def speed(args):
 
 # --- ablations ----------------------------------------------------------------------------------------------------------
 
-VARIANTS = {  # train.py's flags: each differs from a row above it in one thing
+VARIANTS = {  # train.py's flags: each differs from the first row of its group in one thing
     "ours": [],
+    "ours, with denoiser": ["--denoiser", "diagonal"],
     "ours, scale gate": ["--gate", "scale"],
     "ours, Gumbel": ["--gate", "gumbel"],
-    "ours, global denoiser": ["--denoiser", "global"],
-    "ours, no denoiser": ["--denoiser", "none"],
     "papers": ["--recipe", "papers"],
     "papers, channel noise": ["--recipe", "papers", "--noise", "channel"],
     "papers, isotropic noise": ["--recipe", "papers", "--noise", "isotropic"],
+    "papers, scale gate": ["--recipe", "papers", "--gate", "scale"],
     "papers, Gumbel": ["--recipe", "papers", "--gate", "gumbel"],
+    "papers, global denoiser": ["--recipe", "papers", "--denoiser", "global"],
 }
 
 
@@ -302,7 +305,7 @@ def ablations(args):
         (variant, seed), folder = job
         if not (folder / "pruner.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, str(HERE / "train.py"), "--seed", str(seed), "--out", str(folder), 
+            command = [sys.executable, str(HERE / "train.py"), "--seed", str(seed), "--out", str(folder), "--overwrite", "--questions", "none",
                        *(["--steps", str(args.steps)] if args.steps else []), *VARIANTS[variant]]
             with open(folder / "log.txt", "w") as log:
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
@@ -344,7 +347,7 @@ def probes(args):
     from denoiser import Denoiser
     vlm, folder = load("data/shapes/llava", args.device), prepare()
     pairs = list(read_coco(folder / "train.json").items())
-    batch, K, result = 24, SHAPES["keep"], {}
+    batch, K, result = 24, 16, {}
 
     def inputs_of(i):
         part = [pairs[(i * batch + j) % len(pairs)] for j in range(batch)]
@@ -422,7 +425,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
     add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=["speed", "accuracy", "ablations", "probes"])
-    add("--keep", "budgets, whole numbers or shares of the tokens (speed: 192 128 64; ablations: 16 32 48; accuracy: 33.3%% 22.2%% 11.1%%)", nargs="+", metavar="K")
+    add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", nargs="+", metavar="K")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
     add("--seeds", "of random choices, ablations and probes (%(default)s)", type=int, default=3)
     add_pruner_arguments(ap)

@@ -66,13 +66,26 @@ class Scorer(nn.Module):
     def __init__(self, d_v):
         super().__init__()
         width = min(d_v, 1024)
+        self.register_buffer("mean", torch.zeros(d_v))  # of X, and a map (d_v, d_v) to read X - mean through:
+        self.register_buffer("map", torch.eye(d_v))  # the identity as in the papers, or what whiten() makes it
         self.inp = nn.Linear(d_v, width) if d_v != width else nn.Identity()
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
 
+    def whiten(self, mean, L):
+        """Read X in whitened coordinates (ours): W = V·λ^-½·Vᵀ, given L = V·λ^½ from whitening().
+
+        A few directions hold most of the variance; without this, what tells one token of an object or of the
+        background from the next is too small to be seen. λ is floored at a tenth of its mean, to amplify no rounding.
+        """
+        values = L.square().sum(0)  # λ (d_v,)
+        V = L / values.clamp_min(1e-30).sqrt()
+        self.mean.copy_(mean)
+        self.map.copy_(V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt() @ V.T)
+
     def forward(self, X, valid=None):
-        x = self.inp(X.to(self.head.weight.dtype))  # (B, N, width)
+        x = self.inp((X - self.mean).to(self.map.dtype) @ self.map)  # (B, N, width)
         for block in self.blocks:
             x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)

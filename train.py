@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import sys
 import time
@@ -42,10 +43,11 @@ from model import HERE, InputError, cli, load
 from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
-# defaults: the papers' recipe for a real model, and one that fits a tiny model and two CPU cores
-PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep=64, steps=4000, batch=32, lr=2e-4, tau_end=0.1, anneal=0.5,
-             recipe="papers")
-SHAPES = dict(model="data/shapes/llava", keep=16, steps=320, batch=48, lr=1e-3, tau_end=0.002, anneal=0.85, recipe="ours")
+# defaults for a real model, and for a tiny one on two CPU cores
+PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, lr=2e-4, recipe="papers")
+SHAPES = dict(model="data/shapes/llava", keep="16", steps=400, batch=48, lr=2e-3, recipe="ours")
+RECIPES = {"papers": dict(denoiser="diagonal", tau_start=2.0, tau_end=0.1, anneal=0.5),
+           "ours": dict(denoiser="none", tau_start=1.0, tau_end=0.02, anneal=0.8)}
 FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}  # on --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -56,18 +58,22 @@ def cosine(start, end, t):
 
 
 @torch.no_grad()
-def feature_statistics(vlm, batches, seed, noise="whitened", per_image=32):
-    """Whitening [mean, L] of the encoder's features, from some tokens of some training images; two ablations of L."""
+def feature_statistics(vlm, batches, seed, per_image=32):
+    """Whitening (mean, L) of the encoder's features, from some tokens of some training images."""
     tokens, g = [], generator(seed, "tokens")
     for _, inputs, _ in batches:
         X, valid = vlm.encode(inputs), inputs.get("valid")  # (B, N, d_v)
         some = torch.randperm(X.shape[1], generator=g)[:per_image].to(X.device)
         tokens.append((X[:, some].flatten(0, 1) if valid is None else X[:, some][valid[:, some]]).float())
-    mean_X, L = whitening(torch.cat(tokens))
+    return whitening(torch.cat(tokens))
+
+
+def noise_factor(L, noise):
+    """L (d_v, d_v) for the gate: the features' covariance, or an ablation, each channel's variance or one for all."""
     if noise != "whitened":
         variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
         L = (variance if noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
-    return [mean_X, L.contiguous()]  # one layout in memory before and after a resume: the layout changes the rounding
+    return L.contiguous()  # one layout in memory before and after a resume: the layout changes the rounding
 
 
 def with_noise(graph, samples, inputs, seed):
@@ -94,7 +100,7 @@ def standardised(scores, valid=None):
 def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    recipe "ours" differs in two lines, which bring what is trained closer to what is deployed:
+    recipe "ours" differs in two lines (and in what the scorer reads: Scorer.whiten), so that training is deployment:
     tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
     alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
     """
@@ -109,6 +115,19 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
         X_bar = denoiser(X_tilde)  # (B, N, d_v)
         return vlm.loss(inputs, X_bar, alpha=alpha if recipe == "ours" else None), alpha
+
+
+def drawn(keep, u):
+    """A budget from a range LOW:HIGH, log-uniform as u goes from 0 to 1; a single budget as it is."""
+    low, _, high = str(keep).partition(":")
+    try:
+        start, end = (float(text.removesuffix("%")) for text in (low, high or low))
+        K = start * (end / start) ** u
+        if not start <= end or (low[-1] == "%") != ((high or low)[-1] == "%"):
+            raise ValueError
+    except (ValueError, ZeroDivisionError, IndexError):
+        raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20% with the lower end first") from None
+    return keep if not high else f"{K:.3f}%" if low[-1] == "%" else round(K)
 
 
 def words_in(inputs):
@@ -208,21 +227,25 @@ def parse_arguments():
     add("--data", "COCO captions file (default: the embedded one, drawn if missing)", metavar="JSON")
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
-    add("--questions", "question file for the closing table (the embedded default has one)", metavar="JSONL")
-    add("--keep", f"budget, how many tokens to keep, or a share as 11.1%% ({both('keep')})", metavar="K")
+    add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
+    add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, log-uniform, and "
+        f"its geometric mean is deployed ({both('keep')})", metavar="K")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
     add("--checkpointing", "recompute activations in the backward pass: slower, far less memory", action="store_true")
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
-    add("--tau-end", f"tau falls from 2 to this ({both('tau_end')})", type=float, metavar="TAU")
-    add("--anneal", f"… over this share of the steps ({both('anneal')})", type=float, metavar="SHARE")
-    add("--recipe", "papers: the noise gate alone; ours: scores standardised, and log alpha added in the LLM's attention "
-        f"({both('recipe')})", choices=("papers", "ours"))
+    recipe = lambda name: ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
+    add("--tau-start", f"tau falls from this ({recipe('tau_start')})", type=float, metavar="TAU")
+    add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
+    add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
+    add("--recipe", "papers: the noise gate and a denoiser; ours: the scorer reads whitened tokens, scores are "
+        f"standardised, log alpha is added in the LLM's attention, --keep is spread to half and double ({both('recipe')})",
+        choices=RECIPES)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
         "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
-    add("--denoiser", "ablation of its attention (%(default)s)", choices=("diagonal", "global", "none"), default="diagonal")
+    add("--denoiser", f"its attention ({recipe('denoiser')})", choices=("diagonal", "global", "none"))
     add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
     add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
     add("--resume", "go on from the checkpoint in --out", action="store_true")
@@ -235,12 +258,15 @@ def parse_arguments():
     add("--workers", "processes that read pictures (%(default)s)", type=int, default=workers)
     add_device_arguments(ap)
     args = ap.parse_args()
-    for name, value in (PAPER if args.data else SHAPES).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill = lambda defaults: [setattr(args, k, v) for k, v in defaults.items() if getattr(args, k) is None]
+    if args.keep is None and (args.recipe or (PAPER if args.data else SHAPES)["recipe"]) == "ours":
+        K = int((PAPER if args.data else SHAPES)["keep"])
+        args.keep = f"{K // 2}:{2 * K}"
+    fill(PAPER if args.data else SHAPES)
+    fill(RECIPES[args.recipe])
     if args.eval_every is None:
         args.eval_every = max(1, args.steps // 12)
-    for name in ("steps", "batch", "lr", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
+    for name in ("steps", "batch", "lr", "tau_start", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if min(args.patience, args.workers) < 0:
@@ -269,7 +295,7 @@ def main():
         sum_over_processes(torch.zeros(1, device=args.device))  # the others wait for the first one here
         args.data, args.questions = folder / "train.json", args.questions or folder / "questions.jsonl"
     pairs = read_coco(args.data, args.images)
-    questions = read_questions(args.questions) if args.questions else None
+    questions = read_questions(args.questions) if args.questions not in (None, "none") else None
     n_out = min(200, max(1, len(pairs) // 20))
     data = Captions(list(pairs.items())[:-n_out], list(pairs.items())[-n_out:], args.seed)
 
@@ -292,8 +318,8 @@ def main():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
     torch.manual_seed(args.seed)
     vlm = load(args.model, args.device, DTYPES[args.dtype])
-    K, N = vlm.budget(args.keep), vlm.tokens  # where N varies: K as given, N None
-    args.keep = K
+    # K is what is deployed; where N varies, K stays as it was given, and N is None
+    *_, K, N = *(vlm.budget(drawn(args.keep, u)) for u in (0, 1, 0.5)), vlm.tokens
     if N is None and args.denoiser == "global":
         raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
@@ -333,8 +359,11 @@ def main():
     else:
         first = range(min(1024, len(data.training)))
         batches = [first[i:i + 32] for i in first[::32]]
-        statistics = feature_statistics(vlm, loader(batches), args.seed, args.noise)
-    for t in (*learned, *statistics) if WORLD > 1 else ():
+        mean_X, L = feature_statistics(vlm, loader(batches), args.seed)
+        if args.recipe == "ours":
+            scorer.whiten(mean_X, L)
+        statistics = [mean_X, noise_factor(L, args.noise)]
+    for t in (*pruner.state_dict().values(), *statistics) if WORLD > 1 else ():
         dist.broadcast(t.data, 0)
     whitened = dict(zip(("whitening.mean", "whitening.L"), statistics))
     graph = (vlm, scorer, denoiser, statistics)  # what training_loss needs
@@ -372,20 +401,23 @@ def main():
             break
 
         # schedules
-        tau = cosine(2.0, args.tau_end, step / settled)
+        t = min(1, step / settled)
+        tau = (cosine(args.tau_start, args.tau_end, t) if args.recipe == "papers"
+               else args.tau_start * (args.tau_end / args.tau_start) ** t)  # ours: halved in equal times
         optimizer.param_groups[0]["lr"] = lr = cosine(args.lr, 0, step / args.steps)
 
         # forward and backward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM, part by part
         optimizer.zero_grad(set_to_none=True)
+        budget = drawn(args.keep, random.Random(f"{args.seed} budget {step}").random())
         totals = torch.zeros(5, device=vlm.model.device)  # loss and words, hardness, unreadable images, signals
         for _ in range(args.accumulate):
             waited -= time.time()
             g, inputs, unreadable = next(samples)
             waited += time.time()
-            loss, alpha = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, K, tau, args.gate, args.recipe)
+            loss, alpha = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, budget, tau, args.gate, args.recipe)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            kept = select(alpha.detach(), vlm.budget(K, alpha, inputs.get("valid")))  # (B, K)
+            kept = select(alpha.detach(), vlm.budget(budget, alpha, inputs.get("valid")))  # (B, K)
             top = alpha.detach().gather(1, kept.clamp_min(0)) * (kept >= 0)
             hardness = (top.sum(1) / (kept >= 0).sum(1)).sum()  # must approach 1, as it is in use
             counts = totals.new_tensor([unreadable, len(signals)])
@@ -453,10 +485,11 @@ def main():
         vlm.model.eval()
         scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
         table = accuracy_table(vlm, scorer, questions, [K])
-        full, ours = table[f"all {N}"], table[f"scorer {K}"]
+        full, ours = table[f"all {N or ''}".strip()], table[f"scorer {K}"]
         result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
                    "retention_random": retention(table[f"random {K}"], full),
-                   "retention_uniform": retention(table[f"uniform {K}"], full), "by_category": table}
+                   "by_category": table,
+                   **({"retention_uniform": retention(table[f"uniform {K}"], full)} if N else {})}
     print(f'next: python infer.py IMAGE "QUESTION" --pruner {args.out} --show kept.png')
     print(json.dumps(rounded({**result, "seconds": seconds()})))
 
