@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
 
 from data.shapes.prepare import prepare
 from infer import CACHE, DTYPES, add_pruner_arguments, ask, load_pruned, load_pruner, normal, read_questions
@@ -226,7 +227,7 @@ def answer_once(vlm, scorer, inputs, K, prefill):
 def prefill_flops(vlm, length):
     """FLOPs of one prefill of `length` tokens, 2 a multiply-add, counted by torch on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = type(vlm.model)(copy.deepcopy(vlm.model.config)).eval()
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(vlm.model.config)).eval()
         embeds = torch.empty(1, length, model.get_input_embeddings().embedding_dim)
         model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     return counter.get_total_flops()
@@ -259,7 +260,7 @@ def speed(args):
     for name, row in result.items():
         for stage in (*STAGES, "first"):
             t = sorted(run[stage] for run in runs[name])
-            row[stage] = {"median": statistics.median(t), "p10": t[len(t) // 10], "p90": t[-len(t) // 10 - 1]}
+            row[stage] = {"median": statistics.median(t), "p10": t[round(0.1 * (len(t) - 1))], "p90": t[round(0.9 * (len(t) - 1))]}
 
     print(f"{vlm.name}: batch {args.batch}, {N} visual and {args.text} text tokens, {args.dtype}, attention "
           f"{vlm.model.config._attn_implementation}; ms, median [p10–p90] of {args.repeats} after 2 to warm up")

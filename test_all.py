@@ -22,6 +22,7 @@ import textwrap
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -452,12 +453,66 @@ def test_scenes_are_unambiguous_and_splits_disjoint():
     assert len(seen) == 120
 
 
+def test_scorer_reads_whitened_tokens(features):
+    """Scorer.whiten: unit variance in every direction that is not floored, less in the others, and no NaN."""
+    scorer = Scorer(128)
+    assert torch.equal(scorer.map, torch.eye(128)) and not scorer.mean.any(), "as in the papers until told otherwise"
+    mean, L = whitening(features)
+    scorer.whiten(mean, L)
+    variance = torch.linalg.eigvalsh(covariance((features.float() - scorer.mean) @ scorer.map))
+    strong = (torch.linalg.eigvalsh(covariance(features)) > 0.1 * covariance(features).trace() / 128).sum()
+    assert 4 < strong < 100 and (variance[-strong:] - 1).abs().max() < 1e-2 and variance[:-strong].max() < 1
+    scorer.whiten(*whitening(torch.ones(10, 128)))
+    assert scorer(torch.ones(1, 5, 128)).isfinite().all()
+
+
+def test_a_range_of_budgets_is_drawn_from_log_uniformly():
+    assert [train.drawn("8:32", u) for u in (0, 0.5, 1)] == [8, 16, 32] and train.drawn("16", 0.3) == "16"
+    assert [train.drawn("5%:20%", u) for u in (0, 0.5, 1)] == ["5.000%", "10.000%", "20.000%"]
+    for bad in ("32:8", "0:4", "8:20%", "a:b", ":"):
+        with pytest.raises(InputError):
+            train.drawn(bad, 0.5)
+
+
 def test_uniform_grid_and_random_keep_exactly_k():
     X = torch.zeros(2, 144, 1)
     assert bench.uniform_grid(X, 16)[0].tolist() == [12 * y + x for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
     for K in range(1, 145):
         for keep in (bench.uniform_grid(X, K), bench.random_tokens(X, K)):
             assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < 144
+
+
+def test_what_others_choose_by(vlm, scene):
+    """DivPrune's greedy choice, pooling and the class token's attention, each against its plain definition."""
+    inputs, X = scene
+    far = 1 - F.cosine_similarity(X[0][:, None], X[0][None], dim=-1)
+    far.fill_diagonal_(torch.inf)
+    kept = [far.amin(1).argmax().item()]
+    while len(kept) < 9:
+        rest = [i for i in range(144) if i not in kept]
+        kept.append(max(rest, key=lambda i: min(far[i, j].item() for j in kept)))
+    assert bench.max_min_diversity(X, 9)[0].tolist() == sorted(kept)
+    pooled, keep = bench.average_pooling(X, 16)
+    cell = X[1].view(12, 12, -1)[3:6, 6:9].mean((0, 1))  # row 1, column 2 of 4 x 4
+    torch.testing.assert_close(pooled[1, keep[1, 6]], cell.float().to(X.dtype), atol=1e-5, rtol=1e-5)
+    assert keep[0].tolist() == bench.uniform_grid(X, 16)[0].tolist()
+    stock = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64, attn_implementation="eager")
+    maps = stock.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+    torch.testing.assert_close(bench.cls_attention(vlm, inputs).double(), maps[-2].mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-4)
+
+
+def test_bench_counts_and_measures(tmp_path, capsys):
+    config = AutoConfig.for_model(**{"model_type": "llava"})  # LLaVA-1.5-7B
+    counted = bench.prefill_flops(SimpleNamespace(model=SimpleNamespace(config=config)), 671)
+    assert counted / 1e12 == pytest.approx(8.927, abs=1e-3), "METHOD: 576 + 95 tokens"
+    assert run(bench.main, "speed", "--model", TINY, "--repeats", 1, "--keep", 36, "--json", tmp_path / "speed.json",
+               "--device", "cpu") == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured == json.loads((tmp_path / "speed.json").read_text())
+    rows = measured["speed"]["rows"]
+    assert rows["keep 36"]["cache_bytes"] / rows["all 144"]["cache_bytes"] == pytest.approx((36 + 95 + 1) / (144 + 95 + 1))
+    assert rows["keep 36"]["tflops"] < 0.6 * rows["all 144"]["tflops"]
+    assert all(rows[name][stage]["median"] > 0 for name in rows for stage in ("encode", "project", "prefill", "decode"))
 
 
 def test_the_shipped_pruner_beats_random_and_uniform():
