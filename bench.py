@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from data.shapes.prepare import prepare
-from infer import CACHE, DTYPES, add_pruner_arguments, ask, load_pruned, load_pruner, normal, read_questions
-from model import HERE, cli, load, read_image
+from infer import CACHE, DTYPES, add_pruner_arguments, load_pruned, load_pruner, normal, read_questions
+from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 
 SHARES = ("33.3%", "22.2%", "11.1%")  # the papers' budgets: 192, 128 and 64 of LLaVA-1.5's 576 tokens
@@ -80,7 +80,10 @@ def max_min_diversity(X, K):
 def average_pooling(X, K):
     """No choice at all: the grid averaged to K cells. (X with each cell's mean at its centre, those centres)."""
     B, N, d = X.shape
-    side, rows = math.isqrt(N), max(r for r in range(1, math.isqrt(K) + 1) if K % r == 0)
+    side = math.isqrt(N)
+    rows = max((r for r in range(1, math.isqrt(K) + 1) if K % r == 0 and K // r <= side), default=0)
+    if not rows:
+        raise InputError(f"--keep {K}: the {side} x {side} grid cannot be pooled to so many cells; try a neighbour")
     cols = K // rows
     cells = F.adaptive_avg_pool2d(X.float().mT.reshape(B, d, side, side), (rows, cols)).flatten(2).mT  # (B, K, d)
     y, x = [((torch.arange(n, device=X.device) + 0.5) * side / n).long() for n in (rows, cols)]
@@ -102,13 +105,24 @@ def cls_attention(vlm, inputs):
 
 # --- accuracy -----------------------------------------------------------------------------------------------------------
 
-def right_or_wrong(vlm, rows, choose, desc="questions"):
-    """{category: [was each question answered right]}. choose(X, inputs) gives the tokens to keep, as in infer.ask."""
-    right = {}
-    for part in ask(vlm, rows, choose, batch=50, max_new_tokens=8, desc=desc):
-        for i, answer in part:
-            right.setdefault(rows[i]["category"], []).append((i, normal(answer) == normal(rows[i]["label"])))
-    return {category: [r for _, r in sorted(right[category])] for category in sorted(right)}
+@torch.no_grad()
+def right_or_wrong(vlm, rows, choices):
+    """{name: {category: [was each question answered right]}} for each of the choices {name: choose}.
+
+    choose(X, inputs) gives the tokens to keep, as in infer.ask. A batch is read and encoded once for all of them.
+    """
+    batch = 50 if vlm.tokens and vlm.tokens < 600 else 8
+    right = {name: {category: [] for category in sorted({row["category"] for row in rows})} for name in choices}
+    for at in tqdm(range(0, len(rows), batch), desc="questions", dynamic_ncols=True, leave=False):
+        part = rows[at:at + batch]
+        inputs = vlm.inputs([read_image(row["image"]) for row in part], [row["text"] for row in part])
+        X = vlm.encode(inputs)
+        for name, choose in choices.items():
+            keep = choose(X, inputs)
+            tokens, keep = keep if isinstance(keep, tuple) else (X, keep)
+            for row, answer in zip(part, vlm.generate(inputs, tokens, keep, max_new_tokens=8)):
+                right[name][row["category"]].append(normal(answer) == normal(row["label"]))
+    return right
 
 
 def mean(values):
@@ -146,18 +160,21 @@ def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
 
     ways = {f"all {vlm.tokens or ''}".strip(): [lambda X, inputs: None]}  # row name: [choose, …], averaged
     whole, = ways
+    layer, tower = getattr(vlm.model.config, "vision_feature_layer", 0), vlm.model.config.vision_config.model_type
+    grid = tower == "clip_vision_model" and vlm.tokens and math.isqrt(vlm.tokens) ** 2 == vlm.tokens and layer in (-2, -1)
     for K in budgets:
         ways[f"scorer {K}"] = [lambda X, inputs, K=K: chosen(scorer(X, inputs.get("valid")), K, inputs)]
         ways[f"random {K}"] = [drawn(K, seed) for seed in range(seeds)]
         if vlm.tokens:
             ways[f"uniform {K}"] = [lambda X, inputs, K=K: uniform_grid(X, K)]
-        if others and vlm.tokens:
+        if others and grid:
             ways |= {f"{name} {K}": [lambda X, inputs, f=f, K=K: f(X, K)] for name, f in
                      (("norm", feature_norm), ("diversity", max_min_diversity), ("pooling", average_pooling))}
             ways[f"CLS {K}"] = [lambda X, inputs, K=K: select(cls_attention(vlm, inputs), K)]
+    answers = right_or_wrong(vlm, rows, {(name, i): f for name, fs in ways.items() for i, f in enumerate(fs)})
     right = {}
     for name, chooses in ways.items():
-        draws = [right_or_wrong(vlm, rows, choose, name) for choose in chooses]
+        draws = [answers[name, i] for i in range(len(chooses))]
         right[name] = {c: [mean(r) for r in zip(*(draw[c] for draw in draws))] for c in draws[0]}  # mean of the draws
     full, table = right[whole], {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
     print(f"{'tokens':14}" + "".join(f"{c:>9}" for c in full) + f"{'mean':>9}{'retention':>11}{'95 %':>14}")
@@ -235,8 +252,9 @@ def prefill_flops(vlm, length):
 
 def speed(args):
     """Every stage of an answer with all tokens and with K of them, the rows in turn, so that a drift hits all alike."""
-    vlm = load(args.model or "data/shapes/llava", args.device, DTYPES[args.dtype])
-    scorer = Scorer(vlm.width).to(vlm.model.device, vlm.model.dtype).eval().requires_grad_(False)
+    model = args.model or load_pruner(args.pruner)[1]["model"]
+    vlm = load(model, args.device, DTYPES[args.dtype])
+    scorer = Scorer(vlm.width).to(vlm.model.device).deploy(vlm.model.dtype)  # its weights do not matter here
     inputs = vlm.dummy_inputs(args.batch, args.text)
     X, L = vlm.encode(inputs), inputs["input_ids"].shape[1]
     N, cuda = X.shape[1], vlm.model.device.type == "cuda"
@@ -298,29 +316,35 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
 
 def ablations(args):
     """Train every variant by train.py, seeds 0 … n-1, equal steps; then accuracy of the deployed path at each budget."""
-    budgets = [int(K) for K in args.keep or (16, 32, 48)]
+    from train import SHAPES  # here, since train.py imports this file
+    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
+    budgets = [vlm.budget(K) for K in args.keep or (16, 32, 48)]
     names = {(variant, seed): args.runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
              for variant in args.variants or VARIANTS for seed in range(args.seeds)}
 
     def train(job):
         (variant, seed), folder = job
-        if not (folder / "pruner.json").exists():
+        settings = load_pruner(folder)[1] if (folder / "pruner.json").exists() else {"curve": [{"step": -1}]}
+        steps = args.steps or SHAPES["steps"]
+        if settings["curve"][-1]["step"] != steps - 1:  # not there, not finished, or of another length
             folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, str(HERE / "train.py"), "--seed", str(seed), "--out", str(folder), "--overwrite", "--questions", "none",
-                       *(["--steps", str(args.steps)] if args.steps else []), *VARIANTS[variant]]
+            command = [sys.executable, HERE / "train.py", "--seed", str(seed), "--out", folder, "--overwrite",
+                       "--questions", "none", "--device", args.device, "--dtype", args.dtype, "--steps", str(steps),
+                       "--eval-every", str(steps), *VARIANTS[variant]]
             with open(folder / "log.txt", "w") as log:
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-                subprocess.run(command, stdout=log, stderr=log, check=True, env={**os.environ, **threads})
+                done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads})
+            if done.returncode:
+                raise InputError(f"{folder / 'log.txt'}: training {variant!r} failed; its last lines say why")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(train, names.items()), total=len(names), desc="training runs", dynamic_ncols=True))
-    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
-    deployed = lambda choose, desc: {c: mean(r) for c, r in right_or_wrong(vlm, rows, choose, desc).items()}
-    full, table, accuracy = deployed(lambda X, inputs: None, "all"), {}, {}
+    choices = {"all": lambda X, inputs: None}
     for (variant, seed), folder in names.items():
         scorer = load_pruner(folder)[0].to(args.device)
-        for K in budgets:
-            accuracy[variant, seed, K] = deployed(lambda X, inputs: select(scorer(X), K), f"{variant}, {seed}")
+        choices |= {(variant, seed, K): lambda X, inputs, scorer=scorer, K=K: select(scorer(X), K) for K in budgets}
+    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
+    full, table = accuracy["all"], {}
     print(f"{'variant':26}{'hardness':>9}" + "".join(f"{f'K = {K}':>20}" for K in budgets)
           + "   retention, mean of the seeds (lowest to highest)")
     for variant in dict.fromkeys(variant for variant, _ in names):
@@ -403,7 +427,8 @@ def probes(args):
             vp_gate(X, soft_top_k(torch.randn(X.shape[:2], device=X.device), K), mean_X, L), None)
         choices[f"dropped {share}"] = lambda X, inputs, K=K: random_tokens(X, K)
     torch.manual_seed(0)
-    right = {name: 100 * mean(mean(r) for r in right_or_wrong(vlm, rows, choose, name).values()) for name, choose in choices.items()}
+    answers = right_or_wrong(vlm, rows, choices)
+    right = {name: 100 * mean(mean(r) for r in by.values()) for name, by in answers.items()}
     result["noise_like_dropping"] = [{"share": s, "noise": right[f"noise {s}"], "dropped": right[f"dropped {s}"]} for s in shares]
     print("random scores: accuracy with all tokens gated to a mean weight, and with that share of tokens kept")
     for line in result["noise_like_dropping"]:
@@ -437,20 +462,24 @@ def main():
     add("--repeats", "speed: timed passes (default: 50 on a GPU, 5 on a CPU)", type=int)
     add("--compile", "speed: also with torch.compile, on a GPU with CUDA graphs", action="store_true")
     add("--steps", "ablations, probes: training steps (default: train.py's own; 60)", type=int)
-    add("--variants", "ablations: only these", nargs="+", choices=VARIANTS, metavar="NAME")
-    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path, default=Path("out-ablations"))
+    add("--variants", "ablations: only these", nargs="+", choices=VARIANTS)
+    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path, default=HERE / "out/ablations")
     add("--jobs", "ablations: runs at once (%(default)s)", type=int, default=1)
     args = ap.parse_args()
+    for name in ("seeds", "batch", "text", "jobs"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
     args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
     measured = {"conditions": conditions(), "command": " ".join(["python bench.py", *sys.argv[1:]])}
     print(json.dumps(measured["conditions"]), file=sys.stderr)
+    import train  # here, since train.py imports this file
+    if args.json:
+        train.write(args.json, measured)  # a path that cannot be written is found out now
     for table in [args.table] if args.table else ["speed", "accuracy", "ablations"]:
         measured[table] = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "probes": probes}[table](args)
         print()
-    if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(measured, indent=1) + "\n")
-        temporary.replace(args.json)
+        if args.json:  # after each table, so that a later one cannot lose it
+            train.write(args.json, train.rounded(measured))
     print(json.dumps(measured))
 
 

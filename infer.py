@@ -90,7 +90,7 @@ def load_pruned(args):
     if vlm.width != settings["width"]:
         raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
                          "give the pruner of this model with --pruner, or its model with --model")
-    return vlm, scorer.to(args.device), settings
+    return vlm, scorer.to(args.device).deploy(DTYPES[args.dtype]), settings
 
 
 class FirstToken:
@@ -218,7 +218,7 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
             seen = {}  # image: (its X, its keep)
             for part in (window[at:at + batch] for at in range(0, len(window), batch)):
                 images = [rows[i]["image"] for i in part]
-                pictures = [read_image(io.BytesIO(image) if isinstance(image, bytes) else image) for image in images]
+                pictures = [read_image(image) for image in images]
                 new = {image: picture for image, picture in zip(images, pictures) if image not in seen}
                 if new:
                     inputs = vlm.inputs(list(new.values()), ["?"] * len(new))
@@ -363,6 +363,8 @@ def main():
         raise InputError("give a picture, or --questions together with --answers")
     if min(args.batch, args.max_new_tokens) < 1:
         raise InputError("--batch and --max-new-tokens must be 1 or more")
+    if args.questions and args.answers.exists() and args.answers.samefile(args.questions):
+        raise InputError(f"--answers {args.answers}: is the question file; give another name")
     if args.questions:
         rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
     elif "://" in args.image:

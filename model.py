@@ -15,6 +15,7 @@ Three backbones, one class each, chosen by config.json's model_type. They differ
 encoder and where they go in the prompt, and in nothing else. Where pictures of a batch have different numbers of
 tokens, X is padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
 """
+import io
 import os
 import re
 import sys
@@ -59,7 +60,7 @@ def read_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
                     image = image.convert("I").point(lambda v: v / 257).convert("L")
@@ -202,6 +203,9 @@ class VLM:
         input_ids, attention_mask (B, L), pixel_values; with answers (captions), which then follow the prompt, also
         labels (B, L): the answer's tokens and the end of text, -100 elsewhere. And what finish() adds.
         """
+        placeholder = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
+        if any(placeholder in q for q in questions):
+            raise InputError(f"a question has {placeholder} in it, which stands for the picture; take it out")
         chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
         prompts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         texts, tokenizer = prompts, self.processor.tokenizer

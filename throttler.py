@@ -84,8 +84,16 @@ class Scorer(nn.Module):
         self.mean.copy_(mean)
         self.map.copy_(V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt() @ V.T)
 
+    def deploy(self, dtype):
+        """The blocks in the VLM's number type, as under autocast in training; the whitening stays in float32."""
+        for part in (self.inp, self.blocks, self.norm, self.head):
+            part.to(dtype)
+        return self.eval().requires_grad_(False)
+
     def forward(self, X, valid=None):
-        x = self.inp((X - self.mean).to(self.map.dtype) @ self.map)  # (B, N, width)
+        with torch.autocast(X.device.type, enabled=False):
+            x = (X.to(self.map.dtype) - self.mean) @ self.map  # (B, N, d_v)
+        x = self.inp(x.to(self.head.weight.dtype))  # (B, N, width)
         for block in self.blocks:
             x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)

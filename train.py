@@ -34,11 +34,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from bench import accuracy_table, mean, read_questions, retention
+from bench import accuracy_table, mean, retention
 from data.coco import Captions, check_fit, generator, load_batches, read_coco
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
-from infer import DTYPES, add_device_arguments
+from infer import DTYPES, add_device_arguments, read_questions
 from model import HERE, InputError, cli, load
 from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_gate, whitening
 
@@ -120,14 +120,16 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
 def drawn(keep, u):
     """A budget from a range LOW:HIGH, log-uniform as u goes from 0 to 1; a single budget as it is."""
     low, _, high = str(keep).partition(":")
+    if not high:
+        return keep
     try:
-        start, end = (float(text.removesuffix("%")) for text in (low, high or low))
+        start, end = (float(text.removesuffix("%")) for text in (low, high))
         K = start * (end / start) ** u
-        if not start <= end or (low[-1] == "%") != ((high or low)[-1] == "%"):
+        if not 0 < start <= end < math.inf or (low[-1] == "%") != (high[-1] == "%"):
             raise ValueError
-    except (ValueError, ZeroDivisionError, IndexError):
+    except (ValueError, IndexError):
         raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20% with the lower end first") from None
-    return keep if not high else f"{K:.3f}%" if low[-1] == "%" else round(K)
+    return f"{K:.3f}%" if low[-1] == "%" else round(K)
 
 
 def words_in(inputs):
@@ -240,7 +242,7 @@ def parse_arguments():
     add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
     add("--recipe", "papers: the noise gate and a denoiser; ours: the scorer reads whitened tokens, scores are "
-        f"standardised, log alpha is added in the LLM's attention, --keep is spread to half and double ({both('recipe')})",
+        f"standardised, log alpha is added in the LLM's attention, and --keep, if not given, spread to half and double ({both('recipe')})",
         choices=RECIPES)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
@@ -269,6 +271,8 @@ def parse_arguments():
     for name in ("steps", "batch", "lr", "tau_start", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.anneal > 1:
+        raise InputError(f"--anneal {args.anneal}: is a share of the steps, 1 at most; tau must arrive")
     if min(args.patience, args.workers) < 0:
         raise InputError("--patience and --workers must not be below 0")
     if WORLD * args.accumulate > args.batch:

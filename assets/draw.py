@@ -3,7 +3,9 @@ Draw every picture of the README again, from the code and the pruner that ships.
 
     python assets/draw.py               # all of them, seconds
     python assets/draw.py gate graphs   # only assets/gate.png and assets/graphs.png
+    python assets/draw.py tables        # print the rows of the README's tables of measurements
 """
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from bench import retention  # noqa: E402
 from data.shapes.prepare import draw_scene  # noqa: E402
 from denoiser import Denoiser  # noqa: E402
 from infer import dimmed, load_pruner, seen_by_model  # noqa: E402
@@ -25,7 +28,7 @@ SHAPES = HERE.parent / "data/shapes"
 EXAMPLES = sorted((SHAPES / "examples").glob("*.jpg"))
 ASKED = ["What color is the star?", "How many shapes are there?", "Where is the cross?",
          "What shape is the blue thing?", "Is there a red cross?", "Where is the square?"]
-COLORS = [(31, 90, 160), (200, 60, 50), (60, 140, 80), (150, 100, 180), (220, 140, 40), (110, 110, 110)]
+COLORS = [(31, 90, 160), (200, 60, 50), (60, 140, 80), (150, 100, 180), (220, 140, 40), (110, 110, 110), (20, 150, 160)]
 INK, PALE = (40, 40, 40), (215, 215, 215)
 
 
@@ -239,9 +242,66 @@ def graphs():
     finish(image, "graphs")
 
 
-PICTURES = {"kept": kept, "soft_top_k": soft_top_k_, "gate": gate, "attention": attention, "graphs": graphs}
+def accuracy():
+    """Retention against budget for every way of choosing, as `bench.py accuracy --json assets/accuracy.json` saved it."""
+    table = json.loads((HERE / "accuracy.json").read_text())["accuracy"]
+    whole, series = next(iter(table.values())), {}
+    for name, by_category in list(table.items())[1:]:
+        label, K = name.rsplit(" ", 1)
+        series.setdefault({"scorer": "this scorer", "uniform": "grid"}.get(label, label), []).append(
+            (int(K), retention(by_category, whole)))
+    series = {label: sorted(points) for label, points in series.items()}
+    line_chart("accuracy", series, "tokens kept, of 144", "retention, %", marks=True, log_x=True,
+               x_ticks=sorted({K for points in series.values() for K, _ in points}))
+
+
+def speed():
+    """LLaVA-1.5-7B's times against tokens kept, as `bench.py speed --json assets/speed.json` saved them."""
+    rows = json.loads((HERE / "speed.json").read_text())["speed"]["rows"]
+    labels = {"first": "to first token", "prefill": "LLM prefill", "encode": "encoder", "select": "scorer + top-K"}
+    series = {label: sorted((int(name.split()[1]), row[stage]["median"] / 1000) for name, row in rows.items()
+                            if row[stage]["median"] > 0.01) for stage, label in labels.items()}
+    line_chart("speed", series, "visual tokens that the LLM reads, of 576", "seconds", marks=True,
+               x_ticks=sorted({x for points in series.values() for x, _ in points}), y_range=(0, series["to first token"][-1][1]))
+
+
+# --- the README's tables ----------------------------------------------------------------------------------------------
+
+def tables():
+    """Every row of the README's tables of measurements, in Markdown, from the JSON that train.py and bench.py saved."""
+    read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
+    row = lambda *cells: "| " + " | ".join(cells) + " |"
+    per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
+    runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
+    for run in runs:
+        whole, K = run["by_category"]["all 144"], run["keep"]
+        name = f"scorer {K}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
+        yield row(name, *per_cent(run["by_category"][f"scorer {K}"], whole), f"{run['hardness']:.2f}",
+                  f"{run['soft_loss']:.2f} / {run['deployed_loss']:.2f}")
+    whole, *_ = read("accuracy").values()
+    for name, by_category in read("accuracy").items():
+        yield row(name, *per_cent(by_category, whole))
+    spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
+    for name, variant in read("ablations").items():
+        yield row(name, f"{variant['hardness']:.2f}", *(spread(v) for v in variant["retention"].values()))
+    for name, at in read("speed")["rows"].items():
+        yield row(name, f"{at['tflops']:.2f}", *(f"{at[s]['median']:,.0f}" for s in
+                  ("encode", "select", "project", "prefill", "first", "decode")), f"{at['cache_bytes'] / 1e6:.0f}",
+                  f"{at['ratio']['prefill']:.2f}×", f"{at['ratio']['first']:.2f}×")
+    probes = read("probes")
+    for name in probes["vp"]:
+        vp, gumbel = (sum(probes[gate][name]) / len(probes[gate][name]) for gate in ("vp", "gumbel"))
+        yield row(name.replace("_", " "), f"{vp:.4f}", f"{gumbel:.4f}", f"{vp / gumbel:.2f}")
+    for line in probes["noise_like_dropping"]:
+        yield row(f"{line['share']:.0%}", f"{line['noise']:.1f}", f"{line['dropped']:.1f}")
+
+
+PICTURES = {"kept": kept, "soft_top_k": soft_top_k_, "gate": gate, "attention": attention, "graphs": graphs,
+            "accuracy": accuracy, "speed": speed}
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["tables"]:
+        sys.exit(print("\n".join(tables())))
     with torch.no_grad():
         for name in sys.argv[1:] or PICTURES:
             PICTURES[name]()
