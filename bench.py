@@ -2,6 +2,7 @@
 What pruning saves, what it costs and what it keeps. Four tables, each with its conditions:
 
     python bench.py speed --model random:llava-1.5-7b   # every stage's time, with all tokens and with few (--keep 192 128 64)
+    python bench.py speed --model random:qwen2.5-vl-7b --device meta           # only its FLOPs: needs no memory
     python bench.py accuracy                            # beside random, a grid, and what other papers choose by
     python bench.py ablations                           # train every variant, three seeds each (hours on two cores)
     python bench.py probes                              # the papers' measured claims about gradients and noise (minutes)
@@ -259,6 +260,11 @@ def speed(args):
     X, L = vlm.encode(inputs), inputs["input_ids"].shape[1]
     N, cuda = X.shape[1], vlm.model.device.type == "cuda"
     rows = {f"all {N}": None} | {f"keep {K}": K for K in (vlm.budget(K, X) for K in args.keep or SHARES)}
+    if args.device == "meta":  # nothing runs, so there is nothing to time
+        counted = {name: prefill_flops(vlm, L - N + (K or N)) / 1e12 for name, K in rows.items()}
+        print(f"{vlm.name}, {N} visual and {args.text} text tokens, prefill: "
+              + ", ".join(f"{name} {t:.3f} TFLOPs" for name, t in counted.items()))
+        return {"model": vlm.name, "text": args.text, "rows": {name: {"tflops": t} for name, t in counted.items()}}
     modes = {"": vlm.model}
     if args.compile:
         modes[", compiled"] = torch.compile(vlm.model, mode="reduce-overhead" if cuda else "default")  # CUDA graphs

@@ -87,6 +87,8 @@ def load_pruned(args):
     name = args.model or settings["model"]
     print(f"model {name}, pruner {args.pruner}", file=sys.stderr)
     vlm = load(name, args.device, DTYPES[args.dtype])
+    if vlm.processor is None:
+        raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py speed")
     if vlm.width != settings["width"]:
         raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
                          "give the pruner of this model with --pruner, or its model with --model")
@@ -162,7 +164,7 @@ def read_questions(path, images=None, need=("image", "text", "label")):
         raise InputError(f"{path}: no such question file; check --questions")
     try:
         text = path.read_text(encoding="utf-8")
-        lines = (science_qa(text) if text.startswith("[") else text.splitlines() if path.suffix != ".tsv" else
+        lines = (science_qa(text) if text.startswith("[") else text.strip("\n").split("\n") if path.suffix != ".tsv" else
                  mmbench(text, LETTER_CN if "_cn" in path.name else LETTER))
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
         raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
@@ -170,7 +172,9 @@ def read_questions(path, images=None, need=("image", "text", "label")):
     for number, line in enumerate(lines, 1):
         try:
             row = {"category": "all", **(json.loads(line) if isinstance(line, str) else line)}
-            row |= {field: row[field] for field in need}
+            row |= {field: row[field] for field in need} | {"category": str(row["category"])}
+            if not isinstance(row["text"], str):
+                raise TypeError("text is none")
             row["image"] = folder / row["image"] if isinstance(row["image"], str) else row["image"]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}: line {number} needs {', '.join(need)} in one JSON object ({e!r})") from None

@@ -49,6 +49,7 @@ from throttler import Attention, Scorer, select, soft_top_k, vp_gate, whitening
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data/shapes/llava"
 EXAMPLES = sorted((ROOT / "data/shapes/examples").glob("*.jpg"))
+SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--device", "cpu")
 QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
 
 
@@ -1029,10 +1030,10 @@ def test_chat_answers_are_those_of_single_runs(capsys, monkeypatch):
     monkeypatch.setattr(infer, "load", lambda *a: stock)
     alone = []
     for question in QUESTIONS:
-        assert run(infer.main, EXAMPLES[0], question, "--device", "cpu") == 0
+        assert run(infer.main, EXAMPLES[0], question, *SHIPPED) == 0
         alone.append(capsys.readouterr().out.splitlines()[0])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([QUESTIONS[0], "", *QUESTIONS[1:]])))  # and then its end
-    assert run(infer.main, EXAMPLES[0], "--device", "cpu") == 0
+    assert run(infer.main, EXAMPLES[0], *SHIPPED) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.lstrip("> ") for line in said[0:6:2]] == alone
     assert all("ms if the image were read again" in line for line in said[1:6:2])
@@ -1040,10 +1041,10 @@ def test_chat_answers_are_those_of_single_runs(capsys, monkeypatch):
 
 def test_picture_from_standard_input_or_the_web(capsys, monkeypatch):
     monkeypatch.setattr(infer, "load", lambda *a: load(TINY))
-    assert run(infer.main, EXAMPLES[0], QUESTIONS[0], "--device", "cpu") == 0
+    assert run(infer.main, EXAMPLES[0], QUESTIONS[0], *SHIPPED) == 0
     answer = capsys.readouterr().out.splitlines()[0]
     monkeypatch.setattr(sys, "stdin", open(EXAMPLES[0]))
-    assert run(infer.main, "-", QUESTIONS[0], "--device", "cpu") == 0
+    assert run(infer.main, "-", QUESTIONS[0], *SHIPPED) == 0
     assert capsys.readouterr().out.splitlines()[0] == answer
     for argv, words in ((["-"], "standard input"), (["https://a.org/b.jpg", "What?"], "https://a.org/b.jpg"),
                         ([], "picture"), (["--questions", "q.jsonl"], "--answers"),
@@ -1328,6 +1329,15 @@ def test_an_unknown_backbone_is_refused_in_one_line(tmp_path):
 
 
 # --- the README -----------------------------------------------------------------------------------------------------
+
+def test_readme_counts_backbones_right():
+    readme = (ROOT / "README.md").read_text()
+    for name, N, K in (("LLaVA-1.5-7B", 576, 64), ("LLaVA-NeXT-7B", 2880, 320), ("Qwen2.5-VL-3B", 576, 64), ("Qwen2.5-VL-7B", 576, 64)):
+        vlm = load(f"random:{name.lower()}", "meta", torch.bfloat16)
+        L = vlm.dummy_inputs(1, 95)["input_ids"].shape[1]
+        full, pruned = (bench.prefill_flops(vlm, length) / 1e12 for length in (L, L - N + K))
+        assert f"| {name} | {N} | {K} | {full:.3f} | {pruned:.3f} | {full / pruned:.2f}× |" in readme
+
 
 def test_readme_has_not_drifted():
     readme = (ROOT / "README.md").read_text()

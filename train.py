@@ -322,6 +322,8 @@ def main():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
     torch.manual_seed(args.seed)
     vlm = load(args.model, args.device, DTYPES[args.dtype])
+    if vlm.processor is None:
+        raise InputError(f"--model {args.model}: has random weights and no tokenizer; it is for bench.py speed")
     # K is what is deployed; where N varies, K stays as it was given, and N is None
     *_, K, N = *(vlm.budget(drawn(args.keep, u)) for u in (0, 1, 0.5)), vlm.tokens
     if N is None and args.denoiser == "global":
