@@ -1,15 +1,15 @@
 """
 What pruning saves, what it costs and what it keeps. Four tables, each with its conditions:
 
-    python bench.py speed --model random:llava-1.5-7b   # every stage's time, with all tokens and with few (--keep 192 128 64)
-    python bench.py speed --model random:qwen2.5-vl-7b --device meta           # only its FLOPs: needs no memory
-    python bench.py accuracy                            # beside random, a grid, and what other papers choose by
-    python bench.py ablations                           # train every variant, three seeds each (hours on two cores)
-    python bench.py probes                              # the papers' measured claims about gradients and noise (minutes)
-    python bench.py                                     # speed, accuracy and ablations; --json FILE saves what was measured
+    python bench.py speed --model random:llava-1.5-7b --dtype bfloat16   # every stage's time, with all tokens and few
+    python bench.py speed --model random:qwen2.5-vl-7b --device meta     # only its FLOPs: needs no memory
+    python bench.py accuracy           # beside random tokens, a grid, and what other papers choose by
+    python bench.py ablations          # train every variant, three seeds each (hours on two cores)
+    python bench.py probes             # the papers' measured claims about gradients and noise (minutes)
+    python bench.py                    # speed, accuracy and ablations; --json FILE saves what was measured
 
-accuracy takes any question file: one JSON object a line with question_id, image, text (LLaVA's evaluation format), label
-and optionally category. An answer counts when it equals the label, letter case and a final full stop aside.
+accuracy takes any question file: one JSON object a line with question_id, image, text (LLaVA's evaluation format),
+label and optionally category. An answer counts when it equals the label, letter case and a final full stop aside.
 Retention is the papers': the mean over categories of pruned / unpruned accuracy, in per cent.
 """
 import argparse
@@ -43,7 +43,17 @@ PUBLISHED_SPEED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill
                    "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
 
 
-# --- ways to choose without learning: X (B, N, d) and K -> keep (B, K), ascending --------------------------------------
+def show(title, header, rows):
+    """Print rows of cells under a header, every column as wide as its widest cell."""
+    rows = [header, *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    print(title)
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]), flush=True)
+
+
+# --- ways to choose without learning: X (B, N, d) and K -> keep (B, K), ascending -------------------------------------
 
 def random_tokens(X, K):
     """K tokens of each image, drawn at random (torch's seed)."""
@@ -70,7 +80,8 @@ def max_min_diversity(X, K):
     """DivPrune (arXiv 2503.02175): greedily the token that is least like those already kept, by cosine."""
     x = F.normalize(X.float(), dim=-1)
     far = 1 - x @ x.mT  # (B, N, N)
-    keep = [(far + 9 * torch.eye(X.shape[1], device=X.device)).amin(-1).argmax(-1)]  # whose nearest neighbour is farthest
+    alone = (far + 9 * torch.eye(X.shape[1], device=X.device)).amin(-1)  # distance to the nearest other token
+    keep = [alone.argmax(-1)]
     nearest = torch.full(X.shape[:2], torch.inf, device=X.device)  # to any kept token
     for _ in range(K - 1):
         nearest = nearest.minimum(far[torch.arange(len(X)), keep[-1]]).scatter(1, torch.stack(keep, 1), -1)
@@ -99,12 +110,13 @@ def cls_attention(vlm, inputs):
     block = tower.encoder.layers[layer]
     hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[layer - 1]  # what enters that layer
     x = block.layer_norm1(hidden)  # (B, 1 + N, d)
-    q, k = [f(x).unflatten(-1, (block.self_attn.num_heads, -1)).transpose(1, 2) for f in (block.self_attn.q_proj, block.self_attn.k_proj)]
+    q, k = [f(x).unflatten(-1, (block.self_attn.num_heads, -1)).transpose(1, 2)
+            for f in (block.self_attn.q_proj, block.self_attn.k_proj)]  # (B, heads, 1 + N, d / heads)
     attention = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + N)
     return attention.mean(1)[:, 0, 1:]
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def right_or_wrong(vlm, rows, choices):
@@ -162,7 +174,8 @@ def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
     ways = {f"all {vlm.tokens or ''}".strip(): [lambda X, inputs: None]}  # row name: [choose, …], averaged
     whole, = ways
     layer, tower = getattr(vlm.model.config, "vision_feature_layer", 0), vlm.model.config.vision_config.model_type
-    grid = tower == "clip_vision_model" and vlm.tokens and math.isqrt(vlm.tokens) ** 2 == vlm.tokens and layer in (-2, -1)
+    square = vlm.tokens and math.isqrt(vlm.tokens) ** 2 == vlm.tokens
+    grid = square and tower == "clip_vision_model" and layer in (-2, -1)
     for K in budgets:
         ways[f"scorer {K}"] = [lambda X, inputs, K=K: chosen(scorer(X, inputs.get("valid")), K, inputs)]
         ways[f"random {K}"] = [drawn(K, seed) for seed in range(seeds)]
@@ -178,11 +191,10 @@ def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
         draws = [answers[name, i] for i in range(len(chooses))]
         right[name] = {c: [mean(r) for r in zip(*(draw[c] for draw in draws))] for c in draws[0]}  # mean of the draws
     full, table = right[whole], {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
-    print(f"{'tokens':14}" + "".join(f"{c:>9}" for c in full) + f"{'mean':>9}{'retention':>11}{'95 %':>14}")
-    for name, by_category in table.items():
-        cells = "".join(f"{100 * a:9.1f}" for a in [*by_category.values(), mean(by_category.values())])
-        low, high = bootstrap(right[name], full)
-        print(f"{name:14}{cells}{retention(by_category, table[whole]):11.1f}{low:8.1f}–{high:.1f}", flush=True)
+    cells = lambda by: [*(f"{100 * a:.1f}" for a in (*by.values(), mean(by.values()))), f"{retention(by, table[whole]):.1f}"]
+    show(f"{vlm.name}, {len(rows)} questions: accuracy by category, retention and its 95 % interval, in per cent",
+         ["tokens", *full, "mean", "retention", "95 %"],
+         ([name, *cells(by), "{:.1f}–{:.1f}".format(*bootstrap(right[name], full))] for name, by in table.items()))
     return table
 
 
@@ -194,13 +206,13 @@ def accuracy(args):
     return accuracy_table(vlm, scorer, rows, budgets, args.seeds, others=True)
 
 
-# --- speed --------------------------------------------------------------------------------------------------------------
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 STAGES = ["encode", "select", "project", "prefill", "decode"]
 
 
 class Clock:
-    """Marks the ends of stages: CUDA events in the stream, so that nothing waits between stages; else the wall clock."""
+    """Marks the ends of stages: CUDA events, so that nothing waits between stages; the wall clock elsewhere."""
 
     def __init__(self, device):
         self.cuda, self.marks = torch.device(device).type == "cuda", []
@@ -239,7 +251,8 @@ def answer_once(vlm, scorer, inputs, K, prefill):
     vlm.model(input_ids=token, **{CACHE: cache}, attention_mask=mask,
               position_ids=sequence["position_ids"][..., -1:] + 1, use_cache=True)
     clock.mark()
-    return clock.milliseconds(), sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return dict(zip(STAGES, clock.milliseconds())), size
 
 
 def prefill_flops(vlm, length):
@@ -268,43 +281,44 @@ def speed(args):
     modes = {"": vlm.model}
     if args.compile:
         modes[", compiled"] = torch.compile(vlm.model, mode="reduce-overhead" if cuda else "default")  # CUDA graphs
-    runs = {name + mode: [] for mode in modes for name in rows}
-    result = {name + mode: {"tflops": prefill_flops(vlm, L - N + (K or N)) / 1e12} for mode in modes for name, K in rows.items()}
-    with tqdm(total=(args.repeats + 2) * len(runs), desc="timing", dynamic_ncols=True) as bar:
-        for repeat in range(-2, args.repeats):  # the first two are the warm-up
-            for mode, prefill in modes.items():
-                for name, K in rows.items():
-                    if cuda:
-                        torch.cuda.reset_peak_memory_stats()
-                    times, cache = answer_once(vlm, scorer, inputs, K, prefill)
-                    result[name + mode] |= {"cache_bytes": cache, **({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})}
-                    if repeat >= 0:
-                        runs[name + mode].append(dict(zip(STAGES, times)) | {"first": sum(times[:-1])})
-                    bar.update()
-    for name, row in result.items():
-        for stage in (*STAGES, "first"):
-            t = sorted(run[stage] for run in runs[name])
-            row[stage] = {"median": statistics.median(t), "p10": t[round(0.1 * (len(t) - 1))], "p90": t[round(0.9 * (len(t) - 1))]}
-
-    print(f"{vlm.name}: batch {args.batch}, {N} visual and {args.text} text tokens, {args.dtype}, attention "
-          f"{vlm.model.config._attn_implementation}; ms, median [p10–p90] of {args.repeats} after 2 to warm up")
-    print(f"{'tokens':22}{'TFLOPs':>7}" + "".join(f"{s:>22}" for s in (*STAGES, "first")) + f"{'KV MB':>8}{'peak GB':>9}"
-          f"{'prefill':>9}{'first':>7}")
+    result = {name + mode: {"tflops": prefill_flops(vlm, L - N + (K or N)) / 1e12, "runs": []}
+              for mode in modes for name, K in rows.items()}
+    for repeat in tqdm(range(-2, args.repeats), desc="timing", dynamic_ncols=True):  # the first two are the warm-up
+        for mode, prefill in modes.items():
+            for name, K in rows.items():
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                times, size = answer_once(vlm, scorer, inputs, K, prefill)
+                row = result[name + mode]
+                row |= {"cache_bytes": size, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+                row["runs"] += [times | {"first": sum(times.values()) - times["decode"]}] * (repeat >= 0)
+    columns = (*STAGES[:-1], "first", "decode")
+    for row in result.values():
+        runs = row.pop("runs")
+        for stage in columns:
+            t = sorted(run[stage] for run in runs)
+            low, high = (t[round(share * (len(t) - 1))] for share in (0.1, 0.9))
+            row[stage] = {"median": statistics.median(t), "p10": low, "p90": high}
     for name, row in result.items():
         base = result[f"all {N}" + "".join(name.partition(",")[1:])]
-        cells = "".join(f"{row[s]['median']:9.2f} [{row[s]['p10']:.1f}–{row[s]['p90']:.1f}]".rjust(22) for s in (*STAGES, "first"))
-        peak = f"{row['peak_bytes'] / 1e9:9.2f}" if cuda else f"{'–':>9}"
-        row["ratio"] = {s: base[s]["median"] / row[s]["median"] for s in ("prefill", "first", "decode")}
-        print(f"{name:22}{row['tflops']:7.3f}{cells}{row['cache_bytes'] / 1e6:8.1f}{peak}"
-              f"{row['ratio']['prefill']:8.2f}x{row['ratio']['first']:6.2f}x")
-    for name, row in PUBLISHED_SPEED.items():
-        print(f"{name:22}{row['tflops']:7.3f}" + "".join(f"{row.get(s, '–')!s:>22}" for s in (*STAGES, "first")) + "   LLaVA-1.5-7B, one A6000, fp16")
+        row["ratio"] = {stage: base[stage]["median"] / row[stage]["median"] for stage in ("prefill", "first", "decode")}
+        row["overhead"] = row["select"]["median"] / base["prefill"]["median"]  # of choosing, as a share of the prefill
+
+    lines = [[name, f"{row['tflops']:.3g}", *("{median:.2f} [{p10:.1f}–{p90:.1f}]".format(**row[s]) for s in columns),
+              f"{row['cache_bytes'] / 1e6:.1f}", f"{row['peak_bytes'] / 1e9:.2f}" if cuda else "–",
+              *(f"{row['ratio'][s]:.2f}×" for s in ("prefill", "first")), f"{row['overhead']:.2%}"]
+             for name, row in result.items()]
+    if "llava-1.5-7b" in vlm.name:
+        lines += [[name, f"{row['tflops']}", *(str(row.get(s, "–")) for s in columns), "–", "–", *3 * ["A6000"]]
+                  for name, row in PUBLISHED_SPEED.items()]
+    show(f"{vlm.name}: batch {args.batch}, {N} visual and {args.text} text tokens, {args.dtype}, attention "
+         f"{vlm.model.config._attn_implementation}; ms, median [p10–p90] of {args.repeats} passes after 2 to warm up",
+         ["tokens", "TFLOPs", *columns, "KV MB", "peak GB", "prefill", "first", "overhead"], lines)
     return {"model": vlm.name, "batch": args.batch, "text": args.text, "dtype": args.dtype, "repeats": args.repeats,
-            "overhead": {name: row["select"]["median"] / result[f"all {N}"]["prefill"]["median"] for name, row in result.items()},
             "rows": result}
 
 
-# --- ablations ----------------------------------------------------------------------------------------------------------
+# --- ablations --------------------------------------------------------------------------------------------------------
 
 VARIANTS = {  # train.py's flags: each differs from the first row of its group in one thing
     "ours": [],
@@ -321,7 +335,7 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
 
 
 def ablations(args):
-    """Train every variant by train.py, seeds 0 … n-1, equal steps; then accuracy of the deployed path at each budget."""
+    """Train every variant by train.py, seeds 0 … n-1, equal steps; the deployed path's accuracy at each budget."""
     from train import SHAPES  # here, since train.py imports this file
     rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
     budgets = [vlm.budget(K) for K in args.keep or (16, 32, 48)]
@@ -351,21 +365,21 @@ def ablations(args):
         choices |= {(variant, seed, K): lambda X, inputs, scorer=scorer, K=K: select(scorer(X), K) for K in budgets}
     accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
     full, table = accuracy["all"], {}
-    print(f"{'variant':26}{'hardness':>9}" + "".join(f"{f'K = {K}':>20}" for K in budgets)
-          + "   retention, mean of the seeds (lowest to highest)")
+    lines = []
     for variant in dict.fromkeys(variant for variant, _ in names):
-        settings = [load_pruner(names[variant, seed])[1] for seed in range(args.seeds)]
-        at = lambda K: [accuracy[variant, seed, K] for seed in range(args.seeds)]
-        table[variant] = {"hardness": mean(s["curve"][-1]["hardness"] for s in settings),
-                          "steps": settings[0]["settings"]["steps"],
-                          "retention": {K: [retention(by, full) for by in at(K)] for K in budgets},
-                          "by_category": {K: {c: mean(by[c] for by in at(K)) for c in full} for K in budgets}}
-        cells = "".join(f"{mean(r):.1f} ({min(r):.1f}–{max(r):.1f})".rjust(20) for r in table[variant]["retention"].values())
-        print(f"{variant:26}{table[variant]['hardness']:9.2f}{cells}", flush=True)
+        hardness = [load_pruner(names[variant, seed])[1]["curve"][-1]["hardness"] for seed in range(args.seeds)]
+        at = {K: [accuracy[variant, seed, K] for seed in range(args.seeds)] for K in budgets}
+        kept = {K: [retention(by, full) for by in runs] for K, runs in at.items()}
+        table[variant] = {"hardness": mean(hardness), "steps": args.steps or SHAPES["steps"], "retention": kept,
+                          "by_category": {K: {c: mean(by[c] for by in runs) for c in full} for K, runs in at.items()}}
+        lines.append([variant, f"{mean(hardness):.2f}",
+                      *(f"{mean(r):.1f} ({min(r):.1f}–{max(r):.1f})" for r in kept.values())])
+    show("retention after training, mean of the seeds (lowest to highest)",
+         ["variant", "hardness", *(f"K = {K}" for K in budgets)], lines)
     return table
 
 
-# --- probes -------------------------------------------------------------------------------------------------------------
+# --- probes -----------------------------------------------------------------------------------------------------------
 
 def probes(args):
     """The papers' measured claims, on the embedded default, for the noise gate and for Gumbel with straight-through.
@@ -418,11 +432,10 @@ def probes(args):
         row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
         for name, value in row.items():
             result.setdefault(gate, {}).setdefault(name, []).append(value)
-    print(f"{'':20}{'noise gate':>30}{'Gumbel, straight-through':>30}{'ratio of means':>16}")
-    for name in result["vp"]:
-        a, b = (result[gate][name] for gate in ("vp", "gumbel"))
-        show = lambda v: f"{mean(v):.4f} ({min(v):.4f}–{max(v):.4f})"
-        print(f"{name:20}{show(a):>30}{show(b):>30}{mean(a) / mean(b):16.2f}")
+    spread = lambda v: f"{mean(v):.4f} ({min(v):.4f}–{max(v):.4f})"
+    show(f"mean of {args.seeds} seeds (lowest to highest)", ["", "noise gate", "Gumbel, straight-through", "ratio"],
+         ([name, spread(result["vp"][name]), spread(result["gumbel"][name]),
+           f"{mean(result['vp'][name]) / mean(result['gumbel'][name]):.2f}"] for name in result["vp"]))
 
     rows = read_questions(folder / "questions.jsonl")
     shares, choices = [1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06], {}
@@ -435,14 +448,15 @@ def probes(args):
     torch.manual_seed(0)
     answers = right_or_wrong(vlm, rows, choices)
     right = {name: 100 * mean(mean(r) for r in by.values()) for name, by in answers.items()}
-    result["noise_like_dropping"] = [{"share": s, "noise": right[f"noise {s}"], "dropped": right[f"dropped {s}"]} for s in shares]
-    print("random scores: accuracy with all tokens gated to a mean weight, and with that share of tokens kept")
-    for line in result["noise_like_dropping"]:
-        print(f"{line['share']:8.0%}{line['noise']:8.1f}{line['dropped']:8.1f}")
+    result["noise_like_dropping"] = [
+        {"share": share, "noise": right[f"noise {share}"], "dropped": right[f"dropped {share}"]} for share in shares]
+    show("random scores: accuracy with all tokens gated to a mean weight, and with that share of the tokens kept",
+         ["share", "gated", "dropped"],
+         ([f"{at['share']:.0%}", f"{at['noise']:.1f}", f"{at['dropped']:.1f}"] for at in result["noise_like_dropping"]))
     return result
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 def conditions():
     """What a number depends on, beside the code."""
@@ -456,8 +470,10 @@ def conditions():
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
-    add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=["speed", "accuracy", "ablations", "probes"])
-    add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", nargs="+", metavar="K")
+    add("table", "(default: speed, accuracy and ablations)", nargs="?",
+        choices=["speed", "accuracy", "ablations", "probes"])
+    add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", metavar="K",
+        nargs="+")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
     add("--seeds", "of random choices, ablations and probes (%(default)s)", type=int, default=3)
     add_pruner_arguments(ap)
@@ -469,7 +485,8 @@ def main():
     add("--compile", "speed: also with torch.compile, on a GPU with CUDA graphs", action="store_true")
     add("--steps", "ablations, probes: training steps (default: train.py's own; 60)", type=int)
     add("--variants", "ablations: only these", nargs="+", choices=VARIANTS)
-    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path, default=HERE / "out/ablations")
+    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path,
+        default=HERE / "out/ablations")
     add("--jobs", "ablations: runs at once (%(default)s)", type=int, default=1)
     args = ap.parse_args()
     for name in ("seeds", "batch", "text", "jobs"):

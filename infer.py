@@ -63,7 +63,8 @@ def load_pruner(folder):
                 raise ValueError(f"{name} holds what is no number")
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{folder}: scorer.safetensors and pruner.json do not fit together ({reason}); train again") from None
+        raise InputError(f"{folder}: scorer.safetensors and pruner.json do not fit together ({reason}); train again"
+                         ) from None
     return scorer.eval().requires_grad_(False), settings
 
 
@@ -164,8 +165,9 @@ def read_questions(path, images=None, need=("image", "text", "label")):
         raise InputError(f"{path}: no such question file; check --questions")
     try:
         text = path.read_text(encoding="utf-8")
-        lines = (science_qa(text) if text.startswith("[") else text.strip("\n").split("\n") if path.suffix != ".tsv" else
-                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER))
+        lines = (science_qa(text) if text.startswith("[") else
+                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER) if path.suffix == ".tsv" else
+                 text.strip("\n").split("\n"))
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
         raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
     rows = []

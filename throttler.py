@@ -206,7 +206,7 @@ def scale_gate(X, alpha):
 
 
 def gumbel_top_k(scores, K, tau=1.0):
-    """Ablation: a sampled hard top-K of 0 and 1 with the gradient of the soft one (straight-through), for scale_gate."""
+    """Ablation: a sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through), for scale_gate."""
     noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
     alpha = soft_top_k(noisy, K, tau)
     hard = F.pad(torch.zeros_like(alpha), (1, 0)).scatter(-1, select(noisy, K) + 1, 1.0)[..., 1:]

@@ -128,7 +128,7 @@ def drawn(keep, u):
         if not 0 < start <= end < math.inf or (low[-1] == "%") != (high[-1] == "%"):
             raise ValueError
     except (ValueError, IndexError):
-        raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20% with the lower end first") from None
+        raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20%, the lower end first") from None
     return f"{K:.3f}%" if low[-1] == "%" else round(K)
 
 
@@ -230,8 +230,8 @@ def parse_arguments():
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
     add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
-    add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, log-uniform, and "
-        f"its geometric mean is deployed ({both('keep')})", metavar="K")
+    add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, log-uniform, "
+        f"and its geometric mean is deployed ({both('keep')})", metavar="K")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
@@ -242,8 +242,8 @@ def parse_arguments():
     add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
     add("--recipe", "papers: the noise gate and a denoiser; ours: the scorer reads whitened tokens, scores are "
-        f"standardised, log alpha is added in the LLM's attention, and --keep, if not given, spread to half and double ({both('recipe')})",
-        choices=RECIPES)
+        f"standardised, log alpha is added in the LLM's attention, and --keep, if not given, is spread to half and double "
+        f"({both('recipe')})", choices=RECIPES)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
         "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
@@ -420,7 +420,8 @@ def main():
             waited -= time.time()
             g, inputs, unreadable = next(samples)
             waited += time.time()
-            loss, alpha = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, budget, tau, args.gate, args.recipe)
+            noisy = with_noise(graph, g, inputs, args.seed)
+            loss, alpha = training_loss(*noisy, inputs, budget, tau, args.gate, args.recipe)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             kept = select(alpha.detach(), vlm.budget(budget, alpha, inputs.get("valid")))  # (B, K)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
@@ -243,7 +242,7 @@ def graphs():
 
 
 def accuracy():
-    """Retention against budget for every way of choosing, as `bench.py accuracy --json assets/accuracy.json` saved it."""
+    """Retention against budget for every way of choosing, from what `bench.py accuracy --json` saved."""
     table = json.loads((HERE / "accuracy.json").read_text())["accuracy"]
     whole, series = next(iter(table.values())), {}
     for name, by_category in list(table.items())[1:]:
@@ -262,7 +261,8 @@ def speed():
     series = {label: sorted((int(name.split()[1]), row[stage]["median"] / 1000) for name, row in rows.items()
                             if row[stage]["median"] > 0.01) for stage, label in labels.items()}
     line_chart("speed", series, "visual tokens that the LLM reads, of 576", "seconds", marks=True,
-               x_ticks=sorted({x for points in series.values() for x, _ in points}), y_range=(0, series["to first token"][-1][1]))
+               x_ticks=sorted({x for points in series.values() for x, _ in points}),
+               y_range=(0, series["to first token"][-1][1]))
 
 
 # --- the README's tables ----------------------------------------------------------------------------------------------

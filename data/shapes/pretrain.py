@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
-from prepare import COLORS, HERE, NUMBERS, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape, questions
+from prepare import COLORS, HERE, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape, questions
 
 PATCH = 8
 GRID = SIZE // PATCH  # 12 patches a side
