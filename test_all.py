@@ -1015,7 +1015,7 @@ def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
 
 @pytest.mark.parametrize("K", [16, 144])
 def test_the_images_cache_changes_nothing(vlm, scene, K):
-    inputs, X = scene[0], scene[1][:1]
+    X = scene[1][:1]
     keep = select(X.norm(dim=-1), K) if K < 144 else None
     cache = infer.image_cache(vlm, vlm.inputs([read_image(EXAMPLES[0])], ["Another?"]), X, keep)
     for question in QUESTIONS:
