@@ -503,7 +503,7 @@ def main():
         print()
         if args.json:  # after each table, so that a later one cannot lose it
             train.write(args.json, train.rounded(measured))
-    print(json.dumps(measured))
+    print(json.dumps(train.rounded(measured)))
 
 
 if __name__ == "__main__":

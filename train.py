@@ -124,9 +124,9 @@ def drawn(keep, u):
         return keep
     try:
         start, end = (float(text.removesuffix("%")) for text in (low, high))
-        K = start * (end / start) ** u
         if not 0 < start <= end < math.inf or (low[-1] == "%") != (high[-1] == "%"):
             raise ValueError
+        K = start * (end / start) ** u
     except (ValueError, IndexError):
         raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20%, the lower end first") from None
     return f"{K:.3f}%" if low[-1] == "%" else round(K)
