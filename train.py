@@ -100,7 +100,7 @@ def standardised(scores, valid=None):
 def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    recipe "ours" differs in two lines (and in what the scorer reads: Scorer.whiten), so that training is deployment:
+    recipe "ours" differs here in two lines (beside Scorer.whiten and RECIPES), so that training is deployment:
     tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
     alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
     """
