@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
+from data.questions import normal, read_questions
 from data.shapes.prepare import prepare
-from infer import CACHE, DTYPES, add_pruner_arguments, load_pruned, load_pruner, normal, read_questions
+from infer import CACHE, DTYPES, add_pruner_arguments, load_pruned, load_pruner
 from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 

@@ -3,21 +3,20 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
 
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
+    python infer.py img.jpg "question" --keep ~16                     # 16 on average: a busy picture keeps more
     python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
-The scores are cut at the K-th highest: what lies above stays, at its original position; the rest never reaches the LLM.
+What scores above a threshold stays, at its original position; the rest never reaches the LLM. The threshold is the
+K-th highest score of the image (--keep K), or one for all images: a number of standard deviations above the mean of an
+image's scores (--threshold T), which train.py calibrated so that K tokens are kept on average (--keep ~K).
 The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run is gone on with.
 """
 import argparse
-import base64
 import copy
-import csv
 import hashlib
 import inspect
-import io
-import itertools
 import json
 import math
 import sys
@@ -33,13 +32,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaModel
 
+from data.questions import answer_file, read_questions, score
 from model import HERE, InputError, cli, load, read_image
-from throttler import Scorer, select
+from throttler import Scorer, count_above, select, standardised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
-LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's suffix for multiple choice
-LETTER_CN = "\n请直接回答选项字母。"  # … where the file's name has _cn
 
 
 def default_pruner():
@@ -94,6 +92,33 @@ def load_pruned(args):
         raise InputError(f"{args.pruner}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
                          "give the pruner of this model with --pruner, or its model with --model")
     return vlm, scorer.to(args.device).deploy(DTYPES[args.dtype]), settings
+
+
+def chooser(args, settings, scorer, vlm):
+    """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens, by --keep or --threshold.
+
+    InputError for a budget that cannot be, or one that the pruner has no threshold for.
+    """
+    budget, T = args.keep or settings["keep"], args.threshold
+    if T is not None and args.keep:
+        raise InputError("--keep and --threshold: both say how many tokens to keep; give one of them")
+    if str(budget).startswith("~"):
+        known = settings.get("thresholds") or {}
+        if budget[1:] not in known:
+            there = f"for {', '.join(f'~{K}' for K in known)} only" if known else "for none: it was trained before there were any"
+            raise InputError(f"--keep {budget}: {args.pruner / 'pruner.json'} has thresholds {there}; give one of these, "
+                             "--threshold, or a whole number")
+        T = known[budget[1:]]["threshold"]
+    if T is None:
+        budget = vlm.budget(budget)  # wrong input ends here, before the work
+
+    def choose(X, inputs):
+        valid = inputs.get("valid")
+        scores = scorer(X, valid)  # (B, N)
+        K = vlm.budget(budget, X, valid) if T is None else count_above(standardised(scores, valid), T)
+        return select(scores, K)
+    everything = T is None and budget in ("all", vlm.tokens)
+    return (lambda X, inputs: None) if everything else choose, {"keep": budget} if T is None else {"threshold": T}
 
 
 class FirstToken:
@@ -152,65 +177,6 @@ def seen_by_model(vlm, inputs):
     return Image.frombytes("RGB", pixels.shape[:0:-1], pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
 
 
-# --- question files -------------------------------------------------------------------------------------------------
-
-def read_questions(path, images=None, need=("image", "text", "label")):
-    """Rows of a question file, `image` made a full path. InputError names the line that is wrong.
-
-    One JSON object a line; or ScienceQA's list and MMBench's .tsv, turned into such rows as LLaVA turns them.
-    """
-    path = Path(path)
-    folder = Path(images) if images else path.parent
-    if not path.is_file():
-        raise InputError(f"{path}: no such question file; check --questions")
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = (science_qa(text) if text.startswith("[") else
-                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER) if path.suffix == ".tsv" else
-                 text.strip("\n").split("\n"))
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
-        raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = {"category": "all", **(json.loads(line) if isinstance(line, str) else line)}
-            row |= {field: row[field] for field in need} | {"category": str(row["category"])}
-            if not isinstance(row["text"], str):
-                raise TypeError("text is none")
-            row["image"] = folder / row["image"] if isinstance(row["image"], str) else row["image"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path}: line {number} needs {', '.join(need)} in one JSON object ({e!r})") from None
-        if isinstance(row["image"], Path) and not row["image"].is_file():
-            raise InputError(f"{path}: line {number}: no image {row['image']}; give its folder with --images")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path}: holds no question; give LLaVA's format, one JSON object a line")
-    return rows
-
-
-def science_qa(text):
-    """What has a picture in llava_test_CQM-A.json. Its scorer knows such questions by the <image> in the prompt."""
-    rows = []
-    for row in filter(lambda row: "image" in row, json.loads(text)):
-        prompt = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
-        rows.append({"question_id": row["id"], "image": row["image"], "text": prompt, "prompt": "<image>\n" + prompt})
-    return rows
-
-
-def mmbench(text, suffix):
-    """A table of hint, question, options and a picture in base64."""
-    csv.field_size_limit(2 ** 31 - 1)
-    rows = []
-    for row in csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"):
-        row = {name: value for name, value in row.items() if (value or "").lower() not in ("", "nan", "none")}
-        options = itertools.takewhile(row.__contains__, "ABCD")
-        parts = [row[name] for name in ("hint", "question") if name in row] + [f"{c}. {row[c]}" for c in options]
-        rows.append({"question_id": int(row["index"]), "image": base64.b64decode(row["image"]),
-                     "text": "\n".join(parts) + suffix, "category": row.get("category", "all"),
-                     **({"label": row["answer"]} if "answer" in row else {})})
-    return rows
-
-
 @torch.no_grad()
 def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
@@ -240,74 +206,6 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
                 inputs = vlm.inputs(pictures, [rows[i]["text"] for i in part])
                 yield list(zip(part, vlm.generate(inputs, X, keep, max_new_tokens)))
                 bar.update(len(part))
-
-
-def answer_file(path, rows, settings, answer, overwrite=False):
-    """The answers to the rows, in their order, and in the file `path`; answer(rows) yields as ask() does.
-
-    Each batch is appended as it comes, and the whole put in order at the end. An answer_id stands for settings and
-    question: the file of a killed run is gone on with, and one that was made otherwise refused.
-    """
-    def store(answers):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
-        temporary.replace(path)
-
-    ids = [hashlib.sha256(json.dumps([settings, i, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
-           for i, row in enumerate(rows)]
-    done = {}
-    if path.exists() and not overwrite:
-        try:
-            *lines, rest = path.read_text(encoding="utf-8").split("\n")  # rest: a line that a kill cut off, or nothing
-            done = {row["answer_id"]: row for row in map(json.loads, lines)}
-            if not '{"question_id"'.startswith(rest[:14]):
-                raise ValueError(rest)
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
-        if not done.keys() <= set(ids):
-            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} "
-                             f"now, {done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
-        print(f"{path}: {len(done)} of {len(rows)} answers are there", file=sys.stderr)
-    store(done.values())
-    left = [i for i, id in enumerate(ids) if id not in done]
-    with open(path, "a", encoding="utf-8") as file:
-        for part in answer([rows[i] for i in left]):
-            for i, text in ((left[j], text) for j, text in part):
-                done[ids[i]] = {"question_id": rows[i]["question_id"], "prompt": rows[i].get("prompt", rows[i]["text"]),
-                                "text": text, "answer_id": ids[i], "model_id": settings["model"], "metadata": settings}
-                file.write(json.dumps(done[ids[i]]) + "\n")
-            file.flush()
-    store(done[id] for id in ids)
-    return [done[id]["text"] for id in ids]
-
-
-def normal(text):
-    return str(text).strip().lower().removesuffix(".")
-
-
-def figures(said, labels, yes_no=False):
-    """Accuracy of these answers; with yes_no POPE's five figures, counted as LLaVA's eval_pope.py counts."""
-    if not yes_no:
-        return {"accuracy": sum(normal(s) == normal(label) for s, label in zip(said, labels)) / len(said)}
-    yes = [not {"No", "no", "not"} & set(s.split(".")[0].replace(",", "").split(" ")) for s in said]
-    true = [normal(label) == "yes" for label in labels]
-    TP = sum(y and t for y, t in zip(yes, true))
-    precision, recall = TP / max(1, sum(yes)), TP / max(1, sum(true))
-    return {"accuracy": sum(y == t for y, t in zip(yes, true)) / len(said), "precision": precision, "recall": recall,
-            "f1": 2 * TP / max(1, sum(yes) + sum(true)), "yes": sum(yes) / len(said)}
-
-
-def score(rows, said):
-    """Print and return the figures per category and of all rows."""
-    yes_no = {normal(row["label"]) for row in rows} <= {"yes", "no"}
-    table = {}
-    for category in [*sorted({row["category"] for row in rows} - {"all"}), "all"]:
-        mine = [(text, row["label"]) for text, row in zip(said, rows) if category in (row["category"], "all")]
-        table[category] = figures(*zip(*mine), yes_no)
-    print(f"{'category':24}" + "".join(f"{name:>11}" for name in table["all"]))
-    for category, values in table.items():
-        print(f"{category:24}" + "".join(f"{100 * v:11.1f}" for v in values.values()))
-    return table
 
 
 # --- one picture ----------------------------------------------------------------------------------------------------
@@ -353,7 +251,10 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
-    ap.add_argument("--keep", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the pruner's)")
+    ap.add_argument("--keep", metavar="K", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the pruner's); "
+                    "~K: K on average, by the pruner's calibrated threshold")
+    ap.add_argument("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations above the "
+                    "image's mean, at least one token")
     add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
@@ -380,18 +281,13 @@ def main():
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
-    budget = vlm.budget(args.keep or settings["keep"])  # wrong input ends here, before the work
+    choose, by = chooser(args, settings, scorer, vlm)
     if args.show and vlm.tokens is None:
         raise InputError("--show: draws a square grid of patches, as LLaVA-1.5 has; leave it out for this model")
 
     if args.questions:
         pruner = hashlib.sha256((args.pruner / "scorer.safetensors").read_bytes()).hexdigest()[:12]
-        made = {"model": vlm.name, "pruner": pruner, "keep": budget, "dtype": args.dtype,
-                "max_new_tokens": args.max_new_tokens}
-
-        def choose(X, inputs):
-            valid = inputs.get("valid")
-            return select(scorer(X, valid), vlm.budget(budget, X, valid)) if budget != vlm.tokens else None
+        made = {"model": vlm.name, "pruner": pruner, **by, "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
         answer = lambda left: ask(vlm, left, choose, args.batch, args.max_new_tokens)
         try:
             said = answer_file(args.answers, rows, made, answer, args.overwrite)
@@ -402,25 +298,22 @@ def main():
 
     inputs = vlm.inputs([image], [args.question or "?"])
     X = vlm.encode(inputs)  # (1, N, d_v)
-    N, K = X.shape[1], vlm.budget(budget, X)
     X[0, 0, 0].item()  # waits for the encoder, so that the clock starts after it
-    start = time.perf_counter()
-    scores = scorer(X)  # (1, N)
-    keep = select(scores, K)  # (1, K)
-    kept = keep[0].tolist()  # waits for the device
+    start, N = time.perf_counter(), X.shape[1]
+    keep = choose(X, inputs)  # (1, K), or None
+    kept = list(range(N)) if keep is None else keep[0].tolist()  # waits for the device
     select_ms = 1000 * (time.perf_counter() - start)
     if args.show:
         try:
-            picture(seen_by_model(vlm, inputs), scores[0].cpu(), keep[0].cpu(), X[0].cpu()).save(args.show)
+            picture(seen_by_model(vlm, inputs), scorer(X)[0].cpu(), torch.tensor(kept), X[0].cpu()).save(args.show)
         except (OSError, ValueError) as e:
             raise InputError(f"--show {args.show}: cannot be written ({e}); give a .png in a folder there is") from None
         print(f"wrote {args.show}")
-    keep = keep if K < N else None
     if args.question is None:
         return chat(vlm, image, X, keep, args.max_new_tokens)
     answer, prefill_ms = timed_answer(vlm, inputs, X, keep, args.max_new_tokens)
     print(answer)
-    print(f"kept {K} of {N} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
+    print(f"kept {len(kept)} of {N} visual tokens; selection {select_ms:.1f} ms, prefill {prefill_ms:.1f} ms (cold)")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(prefill_ms, 3)}))

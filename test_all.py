@@ -41,10 +41,12 @@ import infer
 import model
 import train
 from assets import draw
+from data import questions
 from data.shapes import prepare as shapes
 from denoiser import Denoiser, DiagonalAttention
 from model import InputError, cli, load, read_image
-from throttler import Attention, Scorer, select, soft_top_k, vp_gate, whitening
+from throttler import (Attention, Scorer, count_above, select, soft_top_k, standardised, threshold, vp_gate,
+                       whitening)
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data/shapes/llava"
@@ -474,6 +476,97 @@ def test_a_range_of_budgets_is_drawn_from_log_uniformly():
     for bad in ("32:8", "0:4", "8:inf", "8:20%", "a:b"):
         with pytest.raises(InputError):
             train.drawn(bad, 0.5)
+
+
+def test_a_pooled_budget_is_one_soft_top_k_over_the_batch():
+    torch.manual_seed(0)
+    B, N, K = 5, 30, 4
+    scores, valid = torch.randn(B, N, dtype=torch.float64), torch.arange(N) < torch.tensor([[30], [30], [12], [5], [3]])
+    pool, total = train.rows_of(scores, K, "batch")
+    alpha = soft_top_k(pool, total, 0.3).view(B, N)
+    torch.testing.assert_close(alpha.flatten(), bisection(scores.flatten(), B * K, 0.3)[0], atol=1e-9, rtol=0)
+    assert abs(alpha.sum() - B * K) < 1e-9 and alpha.sum(1).std() > 0.3, "images share the budget unequally"
+    K = torch.tensor([9, 3, 3, 3, 2])  # where images have budgets of their own, padding gets nothing
+    padded = scores.masked_fill(~valid, -torch.inf)
+    pool, total = train.rows_of(padded, K, "batch")
+    alpha = soft_top_k(pool, total, 0.3).view(B, N)
+    assert abs(alpha.sum() - 20) < 1e-9 and (alpha[~valid] == 0).all()
+    assert train.rows_of(scores, K, "image")[0] is scores
+
+
+def test_a_threshold_keeps_what_lies_above_it():
+    torch.manual_seed(0)
+    z = standardised(torch.randn(7, 40) ** 3)
+    for total in (7 * 5, 7 * 12, 1, 7 * 40):
+        T = threshold(z, total)
+        assert (z > T).sum() == total
+        keep = select(z, count_above(z, T))
+        for row, kept in zip(z, keep):
+            above = (row > T).nonzero().flatten().tolist()  # in their original order
+            assert kept[kept >= 0].tolist() == (above or [row.argmax().item()]), "at least one"
+    assert count_above(z, 100.0).tolist() == [1] * 7
+    ragged = torch.cat([z, torch.full((7, 9), -torch.inf)], 1)  # padding
+    assert threshold(ragged, 35) == threshold(z, 35) and math.isfinite(threshold(ragged, 7 * 40))
+
+
+def test_calibrated_thresholds_reproduce_their_means(vlm):
+    scorer, _ = infer.load_pruner(ROOT / "data/shapes/pruner")
+    inputs = [vlm.inputs([read_image(p) for p in EXAMPLES[i:i + 2]], ["?"] * 2) for i in (0, 2, 4)]
+    vlm32 = SimpleNamespace(tokens=vlm.tokens, encode=lambda i: vlm.encode(i).float(), budget=vlm.budget)
+    found = train.calibrate(vlm32, scorer, [(None, i, 0) for i in inputs], 16)
+    assert list(found) == ["8", "12", "16", "24", "32", "48"]
+    z = torch.cat([standardised(scorer(vlm.encode(i).float())) for i in inputs])
+    for K, entry in found.items():
+        counts = count_above(z, entry["threshold"]).tolist()
+        assert sum(counts) == 6 * int(K) == round(6 * entry["mean"]), "no image of these keeps nothing"
+        assert min(counts) <= entry["p10"] <= entry["mean"] <= entry["p90"] <= max(counts)
+    assert list(train.calibrate(vlm32, scorer, [(None, inputs[0], 0)], "40%")) == ["20%", "30%", "40%", "60%", "80%"]
+
+
+def test_different_counts_are_left_padded_and_agree_with_one_by_one(vlm, scene):
+    inputs, X = scene
+    keep = select(X.norm(dim=-1), torch.tensor([3, 40, 17]))
+    assert keep.shape == (3, 40) and (keep >= 0).sum(1).tolist() == [3, 40, 17]
+    logits = logits_of(vlm, vlm.embed(inputs, X, keep))
+    answers = vlm.generate(inputs, X, keep, max_new_tokens=8)
+    for i, (path, question) in enumerate(zip(EXAMPLES, QUESTIONS)):
+        alone, mine = vlm.inputs([read_image(path)], [question]), keep[i][keep[i] >= 0][None]
+        own = logits_of(vlm, vlm.embed(alone, X[i:i + 1], mine))[:, 0]  # (8, V): prefill and decoding
+        torch.testing.assert_close(logits[:, i], own, atol=1e-9, rtol=0)
+        assert answers[i] == vlm.generate(alone, X[i:i + 1], mine, max_new_tokens=8)[0]
+
+
+def test_threshold_from_the_command_line(tmp_path, coco, capsys):
+    out = tmp_path / "out"
+    assert tiny(coco, out, "--budget", "batch") == 0
+    assert (err := capsys.readouterr().err) and "Traceback" not in err
+    settings = json.loads((out / "pruner.json").read_text())
+    assert settings["settings"]["budget"] == "batch" and list(settings["thresholds"])[0] == "10"
+    ask = (EXAMPLES[0], "How many shapes are there?", "--pruner", out, "--device", "cpu", "--json")
+    told = lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
+    T = settings["thresholds"]["20"]["threshold"]
+    assert run(infer.main, *ask, "--keep", "~20") == 0 == run(infer.main, *ask, "--threshold", T)
+    said = capsys.readouterr().out.splitlines()
+    first, second = (json.loads(said[i]) for i in (2, 5))
+    vlm = load(TINY)
+    z = standardised(infer.load_pruner(out)[0](vlm.encode(vlm.inputs([read_image(EXAMPLES[0])], ["?"]))))
+    assert first["kept"] == second["kept"] == (z[0] > T).nonzero().flatten().tolist()
+    assert run(infer.main, *ask, "--threshold", 1e6) == 0 and told()["kept"] == [z[0].argmax().item()]
+    answers = tmp_path / "a.jsonl"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(
+        {"question_id": i, "image": p.name, "text": "How many shapes are there?"}) + "\n" for i, p in enumerate(EXAMPLES)))
+    assert run(infer.main, "--questions", tmp_path / "q.jsonl", "--images", EXAMPLES[0].parent, "--answers", answers,
+               *ask[2:6], "--threshold", T) == 0
+    row = json.loads(answers.read_text().splitlines()[0])
+    assert row["text"] == first["answer"] and row["metadata"]["threshold"] == T and "keep" not in row["metadata"]
+    capsys.readouterr()
+    for wrong, cure in ((("--keep", "~17"), "~10, ~15, ~20"), (("--keep", "5", "--threshold", "1"), "give one"),
+                        (("--keep", "~"), "~10, ~15, ~20")):
+        assert run(infer.main, *ask, *wrong) == 2
+        assert cure in (err := capsys.readouterr().err.splitlines())[-1] and err[-1].startswith("error: ")
+    del settings["thresholds"]
+    (out / "pruner.json").write_text(json.dumps(settings))
+    assert run(infer.main, *ask, "--keep", "~20") == 2 and "for none" in capsys.readouterr().err
 
 
 def test_uniform_grid_and_random_keep_exactly_k():
@@ -954,7 +1047,7 @@ def test_a_killed_question_file_goes_on_where_it_stopped(tmp_path):
             yield [(j, f"answer {left[j]['question_id']}") for j in part]
 
     def go(path, settings={"model": "m"}, **kw):
-        return infer.answer_file(path, rows, settings, lambda left: answer(left, **kw))
+        return questions.answer_file(path, rows, settings, lambda left: answer(left, **kw))
 
     whole = go(tmp_path / "whole.jsonl")
     assert whole == [f"answer {i}" for i in range(12)]
@@ -987,19 +1080,19 @@ def test_pope_figures():
     """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
     said = ["Yes", "yes.", "Yes, a cat. No dog.", "No", "no", "There is not", "No, none.", "No. Yes", "NO", "none"]
     labels = ["yes"] * 4 + ["no"] * 6
-    f = infer.figures(said, labels, yes_no=True)
+    f = questions.figures(said, labels, yes_no=True)
     assert f == pytest.approx({"accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 2 / 3, "yes": 0.5})
-    assert infer.figures(["no"], ["yes"], yes_no=True) == dict(accuracy=0, precision=0, recall=0, f1=0, yes=0)
-    assert infer.figures(["Red.", "blue"], ["red", "green"]) == {"accuracy": 0.5}
+    assert questions.figures(["no"], ["yes"], yes_no=True) == dict(accuracy=0, precision=0, recall=0, f1=0, yes=0)
+    assert questions.figures(["Red.", "blue"], ["red", "green"]) == {"accuracy": 0.5}
 
 
 def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
     picture = base64.b64encode(EXAMPLES[0].read_bytes()).decode()
-    for name, suffix in (("mmbench_dev.tsv", infer.LETTER), ("mmbench_dev_cn.tsv", infer.LETTER_CN)):
+    for name, suffix in (("mmbench_dev.tsv", questions.LETTER), ("mmbench_dev_cn.tsv", questions.LETTER_CN)):
         (tmp_path / name).write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
                                      f'7\t"Which ""one""?"\tnan\tred\tblue\t\tx\tB\tcolour\t{picture}\n'
                                      f"8\tWhere?\tLook.\ta\tb\tc\td\t\tplace\t{picture}\n")
-        first, second = infer.read_questions(tmp_path / name, need=("question_id", "image", "text"))
+        first, second = questions.read_questions(tmp_path / name, need=("question_id", "image", "text"))
         assert first["text"] == 'Which "one"?\nA. red\nB. blue' + suffix and first["label"] == "B"
         assert second["text"] == "Look.\nWhere?\nA. a\nB. b\nC. c\nD. d" + suffix and "label" not in second
         assert second["question_id"] == 8 and second["image"] == EXAMPLES[0].read_bytes()
@@ -1007,8 +1100,8 @@ def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
     (tmp_path / "sqa.json").write_text(json.dumps([
         {"id": "4", "image": EXAMPLES[0].name, "conversations": [{"value": "<image>\nWhich?\nA. x\nB. y"}]},
         {"id": "5", "conversations": [{"value": "No picture?"}]}]))
-    row, = infer.read_questions(tmp_path / "sqa.json", EXAMPLES[0].parent, need=("question_id", "image", "text"))
-    assert row["text"] == "Which?\nA. x\nB. y" + infer.LETTER and row["prompt"] == "<image>\n" + row["text"]
+    row, = questions.read_questions(tmp_path / "sqa.json", EXAMPLES[0].parent, need=("question_id", "image", "text"))
+    assert row["text"] == "Which?\nA. x\nB. y" + questions.LETTER and row["prompt"] == "<image>\n" + row["text"]
     stock = load(TINY)
     assert all(text for part in infer.ask(stock, [first, second, row], lambda X, inputs: None) for _, text in part)
 
@@ -1286,8 +1379,8 @@ def test_scorer_does_not_see_padding():
     for row, x in enumerate(rows):
         torch.testing.assert_close(scores[row, :len(x)], scorer(x[None])[0], atol=1e-5, rtol=0)
         assert scores[row, len(x):].isneginf().all()
-    standard = train.standardised(scores, valid)
-    torch.testing.assert_close(standard[0, :9], train.standardised(scorer(rows[0][None]))[0], atol=1e-4, rtol=0)
+    standard = standardised(scores, valid)
+    torch.testing.assert_close(standard[0, :9], standardised(scorer(rows[0][None]))[0], atol=1e-4, rtol=0)
     standard[valid].square().sum().backward()
     assert all(p.grad.isfinite().all() for p in scorer.parameters())
 

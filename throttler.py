@@ -213,6 +213,31 @@ def gumbel_top_k(scores, K, tau=1.0):
     return hard + alpha - alpha.detach()
 
 
+def standardised(scores, valid=None):
+    """z = (s - mean) / standard deviation over each image's real tokens, (B, N) -> (B, N).
+
+    Soft top-K is blind to a shift of an image's scores, so their level means nothing; z has one that images share.
+    """
+    if valid is None:
+        return F.layer_norm(scores, scores.shape[-1:])
+    n = valid.sum(-1, keepdim=True)
+    s = scores.masked_fill(~valid, 0)
+    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(~valid, 0)
+    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(~valid, -torch.inf)
+
+
+def threshold(z, total):
+    """Which T so many of all the standardised scores z lie above: midway between that score and the next."""
+    high = z[z > -torch.inf].sort(descending=True).values  # padding aside
+    below = high[total] if total < len(high) else high[-1] - 1
+    return ((high[total - 1] + below) / 2).item()
+
+
+def count_above(z, T):
+    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for select."""
+    return (z > T).sum(-1).clamp_min(1)
+
+
 def select(scores, K):
     """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N.
 

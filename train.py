@@ -36,11 +36,13 @@ from tqdm import tqdm
 
 from bench import accuracy_table, mean, retention
 from data.coco import Captions, check_fit, generator, load_batches, read_coco
+from data.questions import read_questions
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
-from infer import DTYPES, add_device_arguments, read_questions
+from infer import DTYPES, add_device_arguments
 from model import HERE, InputError, cli, load
-from throttler import Scorer, gumbel_top_k, scale_gate, select, soft_top_k, vp_gate, whitening
+from throttler import (Scorer, count_above, gumbel_top_k, scale_gate, select, soft_top_k, standardised, threshold,
+                       vp_gate, whitening)
 
 PROMPT = "Describe the image."
 # defaults for a real model, and for a tiny one on two CPU cores
@@ -87,17 +89,14 @@ def with_noise(graph, samples, inputs, seed):
     return vlm, scorer, denoiser, (*statistics, torch.nn.utils.rnn.pad_sequence(noise, batch_first=True))
 
 
-def standardised(scores, valid=None):
-    """(s - mean) / standard deviation over each row's real tokens, (B, N) -> (B, N)."""
-    if valid is None:
-        return F.layer_norm(scores, scores.shape[-1:])
-    n = valid.sum(-1, keepdim=True)
-    s = scores.masked_fill(~valid, 0)
-    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(~valid, 0)
-    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(~valid, -torch.inf)
+def rows_of(values, K, budget):
+    """Values (B, N) in rows that share a budget, and the budget of a row: every image K of its own, or the batch B·K."""
+    if budget == "image":
+        return values, K
+    return values.reshape(1, -1), K.sum() if torch.is_tensor(K) else K * len(values)
 
 
-def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers"):
+def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers", budget="image"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
     recipe "ours" differs here in two lines (beside Scorer.whiten and RECIPES), so that training is deployment:
@@ -108,10 +107,10 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
     K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
         scores = scorer(X, valid)  # (B, N)
-        if recipe == "ours":
+        if recipe == "ours" or budget == "batch":
             scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
-        alpha = top_k(scores, K, tau)  # (B, N), each row sums to K
+        alpha = top_k(*rows_of(scores, K, budget), tau).view_as(scores)  # (B, N), each row sums to K, or all to B·K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
         X_bar = denoiser(X_tilde)  # (B, N, d_v)
         return vlm.loss(inputs, X_bar, alpha=alpha if recipe == "ours" else None), alpha
@@ -148,10 +147,14 @@ def held_out_losses(graph, batches, K, tau, args):
     vlm, scorer, *_ = graph
     sums = torch.zeros(3, device=vlm.model.device)
     for g, inputs, _ in batches:
-        soft, _ = training_loss(*with_noise(graph, g, inputs, args.seed), inputs, K, tau, args.gate, args.recipe)
-        X = vlm.encode(inputs)
-        valid = inputs.get("valid")
-        deployed = vlm.loss(inputs, X, select(scorer(X, valid), vlm.budget(K, X, valid)))
+        noisy = with_noise(graph, g, inputs, args.seed)
+        soft, _ = training_loss(*noisy, inputs, K, tau, args.gate, args.recipe, args.budget)
+        X, valid = vlm.encode(inputs), inputs.get("valid")
+        scores, kept = scorer(X, valid), vlm.budget(K, X, valid)
+        if args.budget == "batch":
+            z, total = rows_of(standardised(scores, valid), kept, args.budget)
+            kept = count_above(z.view_as(scores), threshold(z, int(total)))
+        deployed = vlm.loss(inputs, X, select(scores, kept))
         sums += torch.stack([soft, deployed, torch.ones_like(soft)]) * words_in(inputs)
     sum_over_processes(sums)
     return (sums[:2] / sums[2]).tolist()
@@ -184,6 +187,32 @@ def read_checkpoint(path):
             return load_file(path), json.loads(file.metadata()["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise InputError(f"--resume: {path} cannot be read ({e}); leave --resume away to start a run") from None
+
+
+@torch.no_grad()
+def calibrate(vlm, scorer, batches, K):
+    """{budget: threshold and counts}: above which standardised score the held-out images have so many tokens on average.
+
+    Budgets: K and multiples of it. Counts: mean and the 10th and 90th percentile over the images, at least one each.
+    """
+    size, unit = (float(K[:-1]), "%") if "%" in str(K) else (K, "")
+    budgets = [f"{size * m:.4g}%" if unit else str(round(size * m)) for m in (0.5, 0.75, 1, 1.5, 2, 3)]
+    most = 100 if unit else vlm.tokens or math.inf
+    totals, z = {b: 0 for b in budgets if 1 * (not unit) <= float(b.removesuffix("%")) <= most}, []
+    for _, inputs, _ in batches:
+        X, valid = vlm.encode(inputs), inputs.get("valid")
+        z += standardised(scorer(X, valid), valid)
+        for b in totals:
+            kept = vlm.budget(b, X, valid)
+            totals[b] += int(kept.sum()) if torch.is_tensor(kept) else kept * len(X)
+    z = torch.nn.utils.rnn.pad_sequence(z, True, -math.inf)  # (images, N)
+    result = {}
+    for b, total in totals.items():
+        T = threshold(z, total)
+        counts = count_above(z, T).sort().values.tolist()
+        low, high = (counts[round(share * (len(counts) - 1))] for share in (0.1, 0.9))
+        result[b] = {"threshold": T, "mean": mean(counts), "p10": low, "p90": high}
+    return result
 
 
 def best_of(curve, settled):
@@ -232,6 +261,8 @@ def parse_arguments():
     add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, log-uniform, "
         f"and its geometric mean is deployed ({both('keep')})", metavar="K")
+    add("--budget", "image: that many tokens of each image, as in the papers; batch: so many on average, images compete for "
+        "what their process has of the batch (%(default)s)", choices=("image", "batch"), default="image")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
@@ -399,6 +430,7 @@ def main():
                       for step in range(state["step"], args.steps) for part in range(RANK, parts, WORLD)])
     bar = tqdm(range(state["step"], args.steps), desc="training", initial=state["step"], total=args.steps,
                dynamic_ncols=True, disable=RANK > 0)
+    held_out = [range(-i, -min(i + at_once, n_out + 1), -1) for i in range(1, n_out + 1, at_once)]
     failures, waited, mark = state["unreadable"], 0.0, time.time()
     for step in bar:
         # early stopping
@@ -414,19 +446,20 @@ def main():
 
         # forward and backward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM, part by part
         optimizer.zero_grad(set_to_none=True)
-        budget = drawn(args.keep, random.Random(f"{args.seed} budget {step}").random())
+        K_now = drawn(args.keep, random.Random(f"{args.seed} budget {step}").random())
         totals = torch.zeros(5, device=vlm.model.device)  # loss and words, hardness, unreadable images, signals
         for _ in range(args.accumulate):
             waited -= time.time()
             g, inputs, unreadable = next(samples)
             waited += time.time()
             noisy = with_noise(graph, g, inputs, args.seed)
-            loss, alpha = training_loss(*noisy, inputs, budget, tau, args.gate, args.recipe)
+            loss, alpha = training_loss(*noisy, inputs, K_now, tau, args.gate, args.recipe, args.budget)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            kept = select(alpha.detach(), vlm.budget(budget, alpha, inputs.get("valid")))  # (B, K)
-            top = alpha.detach().gather(1, kept.clamp_min(0)) * (kept >= 0)
-            hardness = (top.sum(1) / (kept >= 0).sum(1)).sum()  # must approach 1, as it is in use
+            shares, k = rows_of(alpha.detach(), vlm.budget(K_now, alpha, inputs.get("valid")), args.budget)
+            kept = select(shares, k)  # (rows, k)
+            top = shares.gather(1, kept.clamp_min(0)) * (kept >= 0)
+            hardness = (top.sum(1) / (kept >= 0).sum(1)).mean() * len(alpha)  # must approach 1, as it is in use
             counts = totals.new_tensor([unreadable, len(signals)])
             totals += torch.cat([torch.stack([loss.detach() * words, words, hardness]), counts])
         sum_over_processes(totals, *(p.grad for p in learned))
@@ -443,8 +476,7 @@ def main():
         last = step == args.steps - 1
         if step % args.eval_every == 0 or last:
             waiting = waited / (time.time() - mark)
-            chunks = [range(-i, -min(i + at_once, n_out + 1), -1) for i in range(1, n_out + 1, at_once)]
-            soft, deployed = held_out_losses(graph, loader(chunks[RANK::WORLD]), K, tau, args)
+            soft, deployed = held_out_losses(graph, loader(held_out[RANK::WORLD]), K, tau, args)
             if not math.isfinite(soft + deployed):
                 raise diverged(f"the losses on held-out captions are {soft} (soft) and {deployed} (deployed)")
             curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, "soft_loss": soft,
@@ -484,13 +516,15 @@ def main():
     if skipped:
         say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)
+    scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
+    about["thresholds"] = calibrate(vlm, scorer, loader(held_out), K)
+    write(args.out / "pruner.json", rounded({**about, "best_step": best["step"], "curve": curve, "seconds": seconds()}))
     say(f"wrote {args.out}/ (step {best['step']})")
 
     # what it is worth, on questions that training never saw
     result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, **best}
     if questions:
         vlm.model.eval()
-        scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
         table = accuracy_table(vlm, scorer, questions, [K])
         full, ours = table[f"all {N or ''}".strip()], table[f"scorer {K}"]
         result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
