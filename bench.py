@@ -1,10 +1,11 @@
 """
-What pruning saves, what it costs and what it keeps. Four tables, each with its conditions:
+What pruning saves, what it costs and what it keeps. Five tables, each with its conditions:
 
     python bench.py speed --model random:llava-1.5-7b --dtype bfloat16   # every stage's time, with all tokens and few
     python bench.py speed --model random:qwen2.5-vl-7b --device meta     # only its FLOPs: needs no memory
     python bench.py accuracy           # beside random tokens, a grid, and what other papers choose by
     python bench.py ablations          # train every variant, three seeds each (hours on two cores)
+    python bench.py budgets            # pooled budgets, thresholds and ranges, three seeds each (hours on two cores)
     python bench.py probes             # the papers' measured claims about gradients and noise (minutes)
     python bench.py                    # speed, accuracy and ablations; --json FILE saves what was measured
 
@@ -36,7 +37,7 @@ from data.questions import normal, read_questions
 from data.shapes.prepare import prepare
 from infer import CACHE, DTYPES, add_pruner_arguments, load_pruned, load_pruner
 from model import HERE, InputError, cli, load, read_image
-from throttler import Scorer, select, soft_top_k, vp_gate, whitening
+from throttler import Scorer, count_above, select, soft_top_k, standardised, vp_gate, whitening
 
 SHARES = ("33.3%", "22.2%", "11.1%")  # the papers' budgets: 192, 128 and 64 of LLaVA-1.5's 576 tokens
 # The papers' figures, printed beside ours: LLaVA-1.5-7B, one A6000, batch 1, fp16, in ms (DiffPrune, arXiv 2605.28051)
@@ -335,23 +336,21 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
 }
 
 
-def ablations(args):
-    """Train every variant by train.py, seeds 0 … n-1, equal steps; the deployed path's accuracy at each budget."""
+def train_variants(args, variants):
+    """Train these by train.py on the embedded default, seeds 0 … n-1, equal steps: {(variant, seed): folder}."""
     from train import SHAPES  # here, since train.py imports this file
-    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
-    budgets = [vlm.budget(K) for K in args.keep or (16, 32, 48)]
-    names = {(variant, seed): args.runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-             for variant in args.variants or VARIANTS for seed in range(args.seeds)}
+    steps = args.steps or SHAPES["steps"]
+    folders = {(variant, seed): args.runs / f"{variant.translate(str.maketrans(' :', '--', ','))}-{seed}"
+               for variant in variants for seed in range(args.seeds)}
 
     def train(job):
         (variant, seed), folder = job
         settings = load_pruner(folder)[1] if (folder / "pruner.json").exists() else {"curve": [{"step": -1}]}
-        steps = args.steps or SHAPES["steps"]
         if settings["curve"][-1]["step"] != steps - 1:  # not there, not finished, or of another length
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, HERE / "train.py", "--seed", str(seed), "--out", folder, "--overwrite",
                        "--questions", "none", "--device", args.device, "--dtype", args.dtype, "--steps", str(steps),
-                       "--eval-every", str(steps), *VARIANTS[variant]]
+                       "--eval-every", str(steps), *variants[variant]]
             with open(folder / "log.txt", "w") as log:
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
                 done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads})
@@ -359,25 +358,87 @@ def ablations(args):
                 raise InputError(f"{folder / 'log.txt'}: training {variant!r} failed; its last lines say why")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, names.items()), total=len(names), desc="training runs", dynamic_ncols=True))
+        list(tqdm(pool.map(train, folders.items()), total=len(folders), desc="training runs", dynamic_ncols=True))
+    return folders
+
+
+def spread(values):
+    return f"{mean(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+def ablations(args):
+    """Train every variant; the deployed path's accuracy at each budget."""
+    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
+    budgets, seeds = [vlm.budget(K) for K in args.keep or (16, 32, 48)], range(args.seeds)
+    folders = train_variants(args, {name: VARIANTS[name] for name in args.variants or VARIANTS})
     choices = {"all": lambda X, inputs: None}
-    for (variant, seed), folder in names.items():
+    for (variant, seed), folder in folders.items():
         scorer = load_pruner(folder)[0].to(args.device)
         choices |= {(variant, seed, K): lambda X, inputs, scorer=scorer, K=K: select(scorer(X), K) for K in budgets}
     accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
     full, table = accuracy["all"], {}
-    lines = []
-    for variant in dict.fromkeys(variant for variant, _ in names):
-        hardness = [load_pruner(names[variant, seed])[1]["curve"][-1]["hardness"] for seed in range(args.seeds)]
-        at = {K: [accuracy[variant, seed, K] for seed in range(args.seeds)] for K in budgets}
-        kept = {K: [retention(by, full) for by in runs] for K, runs in at.items()}
-        table[variant] = {"hardness": mean(hardness), "steps": args.steps or SHAPES["steps"], "retention": kept,
+    for variant in dict.fromkeys(variant for variant, _ in folders):
+        ends = [load_pruner(folders[variant, seed])[1]["curve"][-1] for seed in seeds]
+        at = {K: [accuracy[variant, seed, K] for seed in seeds] for K in budgets}
+        table[variant] = {"hardness": mean(end["hardness"] for end in ends), "steps": ends[0]["step"] + 1,
+                          "retention": {K: [retention(by, full) for by in runs] for K, runs in at.items()},
                           "by_category": {K: {c: mean(by[c] for by in runs) for c in full} for K, runs in at.items()}}
-        lines.append([variant, f"{mean(hardness):.2f}",
-                      *(f"{mean(r):.1f} ({min(r):.1f}–{max(r):.1f})" for r in kept.values())])
     show("retention after training, mean of the seeds (lowest to highest)",
-         ["variant", "hardness", *(f"K = {K}" for K in budgets)], lines)
+         ["variant", "hardness", *(f"K = {K}" for K in budgets)],
+         ([name, f"{row['hardness']:.2f}", *map(spread, row["retention"].values())] for name, row in table.items()))
     return table
+
+
+# --- budgets: per image or pooled, top-K or a threshold, a range or one K ---------------------------------------------
+
+def budgets(args):
+    """One pruner for every budget, and more tokens for a busy picture: what does it gain, at equal mean counts?"""
+    rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
+    ladder, seeds = ("8", "12", "16", "24", "32", "48"), range(args.seeds)
+    folders = train_variants(args, {"image": ["--keep", "8:32"], "batch": ["--keep", "8:32", "--budget", "batch"],
+                                    **{f"only {K}": ["--keep", K] for K in ("8", "16", "32", "48")}})
+    choices, counts = {"all": lambda X, inputs: None}, {}
+
+    def add(name, count):  # count(scores) -> how many tokens of each image
+        def choose(X, inputs):
+            scores = scorer(X)
+            K = count(scores)
+            counts.setdefault(name, []).extend(K.tolist() if torch.is_tensor(K) else [K] * len(X))
+            return select(scores, K)
+        scorer = load_pruner(folders[name[0], name[2]])[0].to(args.device)
+        choices[name] = choose
+
+    for (variant, seed), folder in folders.items():
+        settings = load_pruner(folder)[1]
+        tau = settings["curve"][-1]["tau"]
+        for K in ladder if variant in ("image", "batch") else [variant.split()[1]]:
+            add((variant, "top-K", seed, K), lambda scores, K=K: int(K))
+            if variant in ("image", "batch"):
+                T = settings["thresholds"][K]["threshold"]
+                add((variant, "threshold", seed, K), lambda scores, T=T: count_above(standardised(scores), T))
+            if variant == "image":
+                add((variant, "alpha > ½", seed, K), lambda scores, K=K, tau=tau: (
+                    soft_top_k(standardised(scores), int(K), tau) > 0.5).sum(-1).clamp_min(1))
+    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
+    table, ways = {}, dict.fromkeys(name[:2] for name in counts)
+    for way in ways:
+        at = {K: [(*way, seed, K) for seed in seeds] for K in ladder if (*way, 0, K) in counts}
+        table[", ".join(way)] = {K: {"retention": [retention(accuracy[name], accuracy["all"]) for name in names],
+                                     "kept": [mean(counts[name]) for name in names]} for K, names in at.items()}
+    show("retention at a mean number of tokens kept, mean of the seeds (lowest to highest)",
+         ["trained and cut", *ladder], ([name, *(spread(at[K]["retention"]) if K in at else "–" for K in ladder)]
+                                        for name, at in table.items()))
+    shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
+    by_shapes = {}
+    for variant in ("image", "batch"):
+        kept = [(shapes[row["image"]], k) for seed in seeds
+                for row, k in zip(rows, counts[variant, "threshold", seed, "16"])]
+        by_shapes[variant] = {n: sorted(k for m, k in kept if m == n) for n in ("one", "two", "three")}
+        by_shapes[variant] = {n: {"mean": mean(k), "p10": k[len(k) // 10], "p90": k[9 * len(k) // 10]}
+                              for n, k in by_shapes[variant].items()}
+    show("tokens kept by the threshold ~16, by number of shapes: mean [p10–p90]", ["trained", *by_shapes["image"]],
+         ([name, *("{mean:.1f} [{p10}–{p90}]".format(**k) for k in by.values())] for name, by in by_shapes.items()))
+    return {"retention": table, "by_shapes": by_shapes, "steps": args.steps}
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -433,9 +494,9 @@ def probes(args):
         row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
         for name, value in row.items():
             result.setdefault(gate, {}).setdefault(name, []).append(value)
-    spread = lambda v: f"{mean(v):.4f} ({min(v):.4f}–{max(v):.4f})"
+    fine = lambda v: f"{mean(v):.4f} ({min(v):.4f}–{max(v):.4f})"
     show(f"mean of {args.seeds} seeds (lowest to highest)", ["", "noise gate", "Gumbel, straight-through", "ratio"],
-         ([name, spread(result["vp"][name]), spread(result["gumbel"][name]),
+         ([name, fine(result["vp"][name]), fine(result["gumbel"][name]),
            f"{mean(result['vp'][name]) / mean(result['gumbel'][name]):.2f}"] for name in result["vp"]))
 
     rows = read_questions(folder / "questions.jsonl")
@@ -472,11 +533,11 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
     add("table", "(default: speed, accuracy and ablations)", nargs="?",
-        choices=["speed", "accuracy", "ablations", "probes"])
+        choices=["speed", "accuracy", "ablations", "budgets", "probes"])
     add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", metavar="K",
         nargs="+")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
-    add("--seeds", "of random choices, ablations and probes (%(default)s)", type=int, default=3)
+    add("--seeds", "of random choices and of what is trained (%(default)s)", type=int, default=3)
     add_pruner_arguments(ap)
     add("--questions", "accuracy: question file (default: the embedded one)", metavar="JSONL")
     add("--images", "accuracy: folder of its images (default: the question file's own)", metavar="DIR")
@@ -484,11 +545,11 @@ def main():
     add("--text", "speed: text tokens (%(default)s)", type=int, default=95, metavar="T")
     add("--repeats", "speed: timed passes (default: 50 on a GPU, 5 on a CPU)", type=int)
     add("--compile", "speed: also with torch.compile, on a GPU with CUDA graphs", action="store_true")
-    add("--steps", "ablations, probes: training steps (default: train.py's own; 60)", type=int)
+    add("--steps", "ablations, budgets, probes: training steps (default: train.py's own; 60)", type=int)
     add("--variants", "ablations: only these", nargs="+", choices=VARIANTS)
-    add("--runs", "ablations: folder of the trained runs, which are not trained again (%(default)s)", type=Path,
-        default=HERE / "out/ablations")
-    add("--jobs", "ablations: runs at once (%(default)s)", type=int, default=1)
+    add("--runs", "ablations, budgets: folder of the trained runs, which are not trained again (%(default)s)", type=Path,
+        default=HERE / "out/bench")
+    add("--jobs", "ablations, budgets: runs at once (%(default)s)", type=int, default=1)
     args = ap.parse_args()
     for name in ("seeds", "batch", "text", "jobs"):
         if getattr(args, name) < 1:
@@ -500,7 +561,7 @@ def main():
     if args.json:
         train.write(args.json, measured)  # a path that cannot be written is found out now
     for table in [args.table] if args.table else ["speed", "accuracy", "ablations"]:
-        measured[table] = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "probes": probes}[table](args)
+        measured[table] = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "budgets": budgets, "probes": probes}[table](args)
         print()
         if args.json:  # after each table, so that a later one cannot lose it
             train.write(args.json, train.rounded(measured))
