@@ -1,5 +1,5 @@
 """
-What pruning saves, what it costs and what it keeps. Five tables, each with its conditions:
+What pruning saves, what it costs and what it keeps. Six tables, each with its conditions:
 
     python bench.py speed --model random:llava-1.5-7b --dtype bfloat16   # every stage's time, with all tokens and few
     python bench.py speed --model random:qwen2.5-vl-7b --device meta     # only its FLOPs: needs no memory
@@ -7,6 +7,7 @@ What pruning saves, what it costs and what it keeps. Five tables, each with its 
     python bench.py ablations          # train every variant, three seeds each (hours on two cores)
     python bench.py budgets            # pooled budgets, thresholds and ranges, three seeds each (hours on two cores)
     python bench.py probes             # the papers' measured claims about gradients and noise (minutes)
+    python bench.py ceiling            # what a perfect scorer could keep (minutes)
     python bench.py                    # speed, accuracy and ablations; --json FILE saves what was measured
 
 accuracy takes any question file: one JSON object a line with question_id, image, text (LLaVA's evaluation format),
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -33,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
+from data.files import rounded, write
 from data.questions import normal, read_questions
-from data.shapes.prepare import prepare
+from data.shapes.prepare import caption, draw_scene, prepare
 from infer import CACHE, DTYPES, add_pruner_arguments, load_pruned, load_pruner
 from model import HERE, InputError, cli, load, read_image
 from throttler import Scorer, count_above, select, soft_top_k, standardised, vp_gate, whitening
@@ -518,6 +521,43 @@ def probes(args):
     return result
 
 
+# --- ceiling ----------------------------------------------------------------------------------------------------------
+
+def ceiling(args):
+    """What a perfect scorer could keep: the scores of each of 50 images are optimised for themselves, by the training
+    graph itself (gate, presence, falling tau), on the image's captions, or, as no scorer may, on the answers."""
+    from train import PROMPT, RECIPES, training_loss  # here, since train.py imports this file
+    rows, vlm = read_questions(prepare() / "questions.jsonl")[:250], load("data/shapes/llava", args.device)
+    recipe, K, steps = RECIPES["ours"], vlm.budget((args.keep or [16])[0]), args.steps or 60
+    captions = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}")) for i in range(len(rows))]
+    texts = {"answers": [(row["text"], row["label"]) for row in rows], "captions": [(PROMPT, text) for text in captions]}
+    torch.manual_seed(0)
+    pictures = [read_image(row["image"]) for row in rows]
+    statistics_ = whitening(torch.cat([vlm.encode(vlm.inputs(pictures[i::50], ["?"] * 5)) for i in range(50)]))
+    keeps = {}
+    for name, said in texts.items():
+        for at in tqdm(range(0, len(rows), 50), desc=name, dynamic_ncols=True, leave=False):  # ten images, five texts each
+            inputs = vlm.inputs(pictures[at:at + 50], *map(list, zip(*said[at:at + 50])))
+            scores = (0.1 * torch.randn(10, vlm.tokens, device=vlm.model.device)).requires_grad_()
+            optimizer = torch.optim.Adam([scores], lr=0.05)
+            for step in range(steps):
+                tau = recipe["tau_start"] * (recipe["tau_end"] / recipe["tau_start"]) ** min(1, step / steps / recipe["anneal"])
+                loss, _ = training_loss(vlm, lambda X, valid: scores.repeat_interleave(5, 0), torch.nn.Identity(),
+                                        statistics_, inputs, K, tau, recipe="ours")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            keeps.setdefault(name, []).append(select(scores.detach(), K).repeat_interleave(5, 0))
+    turns = {name: iter(keep) for name, keep in keeps.items()}  # right_or_wrong goes by fifty rows, too
+    right = right_or_wrong(vlm, rows, {"all": lambda X, inputs: None} | {
+        name: lambda X, inputs, turn=turn: next(turn) for name, turn in turns.items()})
+    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
+    full = accuracy["all"]
+    show(f"{K} tokens, chosen for each of 50 images by optimisation on its", ["", *full, "retention"],
+         ([name, *(f"{100 * a:.1f}" for a in by.values()), f"{retention(by, full):.1f}"] for name, by in accuracy.items()))
+    return accuracy
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def conditions():
@@ -529,11 +569,14 @@ def conditions():
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+TABLES = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "budgets": budgets, "probes": probes,
+          "ceiling": ceiling}
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
-    add("table", "(default: speed, accuracy and ablations)", nargs="?",
-        choices=["speed", "accuracy", "ablations", "budgets", "probes"])
+    add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=TABLES)
     add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", metavar="K",
         nargs="+")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
@@ -557,15 +600,14 @@ def main():
     args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
     measured = {"conditions": conditions(), "command": " ".join(["python bench.py", *sys.argv[1:]])}
     print(json.dumps(measured["conditions"]), file=sys.stderr)
-    import train  # here, since train.py imports this file
     if args.json:
-        train.write(args.json, measured)  # a path that cannot be written is found out now
+        write(args.json, measured)  # a path that cannot be written is found out now
     for table in [args.table] if args.table else ["speed", "accuracy", "ablations"]:
-        measured[table] = {"speed": speed, "accuracy": accuracy, "ablations": ablations, "budgets": budgets, "probes": probes}[table](args)
+        measured[table] = TABLES[table](args)
         print()
         if args.json:  # after each table, so that a later one cannot lose it
-            train.write(args.json, train.rounded(measured))
-    print(json.dumps(train.rounded(measured)))
+            write(args.json, rounded(measured))
+    print(json.dumps(rounded(measured)))
 
 
 if __name__ == "__main__":

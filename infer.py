@@ -105,9 +105,9 @@ def chooser(args, settings, scorer, vlm):
     if str(budget).startswith("~"):
         known = settings.get("thresholds") or {}
         if budget[1:] not in known:
-            there = f"for {', '.join(f'~{K}' for K in known)} only" if known else "for none: it was trained before there were any"
-            raise InputError(f"--keep {budget}: {args.pruner / 'pruner.json'} has thresholds {there}; give one of these, "
-                             "--threshold, or a whole number")
+            there = ", ".join(f"~{K}" for K in known) or "none, since it is from before there were any"
+            raise InputError(f"--keep {budget}: {args.pruner / 'pruner.json'} has thresholds for {there}; give one of "
+                             "these, --threshold, or a whole number")
         T = known[budget[1:]]["threshold"]
     if T is None:
         budget = vlm.budget(budget)  # wrong input ends here, before the work
@@ -251,10 +251,10 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
-    ap.add_argument("--keep", metavar="K", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the pruner's); "
-                    "~K: K on average, by the pruner's calibrated threshold")
-    ap.add_argument("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations above the "
-                    "image's mean, at least one token")
+    ap.add_argument("--keep", metavar="K", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the "
+                    "pruner's); ~K: K on average, by the threshold that the pruner was calibrated with")
+    ap.add_argument("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations "
+                    "above the image's mean, at least one token")
     add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")

@@ -41,7 +41,7 @@ import infer
 import model
 import train
 from assets import draw
-from data import questions
+from data import files, questions
 from data.shapes import prepare as shapes
 from denoiser import Denoiser, DiagonalAttention
 from model import InputError, cli, load, read_image
@@ -566,7 +566,7 @@ def test_threshold_from_the_command_line(tmp_path, coco, capsys):
         assert cure in (err := capsys.readouterr().err.splitlines())[-1] and err[-1].startswith("error: ")
     del settings["thresholds"]
     (out / "pruner.json").write_text(json.dumps(settings))
-    assert run(infer.main, *ask, "--keep", "~20") == 2 and "for none" in capsys.readouterr().err
+    assert run(infer.main, *ask, "--keep", "~20") == 2 and "thresholds for none" in capsys.readouterr().err
 
 
 def test_uniform_grid_and_random_keep_exactly_k():
@@ -608,6 +608,23 @@ def test_bench_counts_and_measures(tmp_path, capsys):
     assert rows["keep 36"]["cache_bytes"] / rows["all 144"]["cache_bytes"] == pytest.approx((36 + 95 + 1) / (144 + 95 + 1))
     assert rows["keep 36"]["tflops"] < 0.6 * rows["all 144"]["tflops"]
     assert all(rows[name][stage]["median"] > 0 for name in rows for stage in ("encode", "project", "prefill", "decode"))
+
+
+def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
+    """With the shipped pruner in every role: top-K keeps K; at K = 16 the threshold keeps about as many."""
+    monkeypatch.setattr(bench, "train_variants", lambda args, variants: {(v, 0): ROOT / "data/shapes/pruner" for v in variants})
+    monkeypatch.setattr(bench, "read_questions", lambda path, real=bench.read_questions: real(path)[:200])
+    table = bench.budgets(SimpleNamespace(device="cpu", seeds=1, steps=None))
+    assert set(table["retention"]) == {"image, top-K", "image, threshold", "image, alpha > ½", "batch, top-K",
+                                       "batch, threshold", *(f"only {K}, top-K" for K in (8, 16, 32, 48))}
+    for way, at in table["retention"].items():
+        for K, cell in at.items():
+            assert cell["kept"][0] == pytest.approx(int(K), rel=0 if "top-K" in way else 0.2), (way, K)
+    assert list(table["retention"]["only 32, top-K"]) == ["32"]
+    assert table["retention"]["image, top-K"]["48"]["retention"][0] > table["retention"]["image, top-K"]["8"]["retention"][0]
+    kept = table["by_shapes"]["image"]
+    assert kept["one"] == table["by_shapes"]["batch"]["one"] and kept["one"]["p10"] <= kept["one"]["mean"] <= kept["one"]["p90"]
+    assert "by number of shapes" in capsys.readouterr().out
 
 
 def test_the_shipped_pruner_beats_random_and_uniform():
@@ -767,7 +784,7 @@ def test_signals_end_a_run_after_the_step(tmp_path, coco, monkeypatch, capsys):
             patch.setattr(train, "words_in", later(words, 2 + 1, lambda i: os.kill(os.getpid(), number) or words(i)))
             assert tiny(coco, tmp_path / "out", "--overwrite", "--save-every", 100) == code
         assert "--resume" in capsys.readouterr().err.splitlines()[-1]
-        assert train.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 2
+        assert files.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 2
     assert tiny(coco, tmp_path / "out", "--resume") == 0
 
 
@@ -797,7 +814,7 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     assert tiny(coco, out, "--overwrite", "--save-every", 2, "--steps", 20) == 2
     message = error()
     assert "step 3: the loss is nan" in message and "before step 2" in message
-    assert train.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
+    assert files.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
 
 
 def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
@@ -832,7 +849,7 @@ def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, co
     assert tiny(coco, tmp_path / "out", *argv) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "2 of 5" in err and str(words[0]) in err and str(words[1]) in err
-    assert train.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 1
+    assert files.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 1
 
 
 def test_half_precision_runs_to_the_end(tmp_path, coco):
@@ -890,7 +907,7 @@ def test_bad_images_are_named(tmp_path):
 
 def test_bad_tensors_are_named(tmp_path):
     write = lambda tensors: save_file(tensors, tmp_path / "scorer.safetensors")
-    train.write(tmp_path / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
+    files.write(tmp_path / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
     good = {k: v.clone() for k, v in Scorer(64).state_dict().items()}
     for change, words in ((lambda t: t.pop("head.weight"), "head.weight"),
                           (lambda t: t.update(more=torch.ones(1)), "more"),
@@ -962,8 +979,8 @@ def test_bad_inference_input(tmp_path, capsys):
     text, other = tmp_path / "note.jpg", tmp_path / "other"
     text.write_text("no picture")
     other.mkdir()
-    train.write(other / "scorer.safetensors", Scorer(64).state_dict())
-    train.write(other / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
+    files.write(other / "scorer.safetensors", Scorer(64).state_dict())
+    files.write(other / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text('{"model_type": "bert"}')

@@ -27,15 +27,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bench import accuracy_table, mean, retention
 from data.coco import Captions, check_fit, generator, load_batches, read_coco
+from data.files import portable, read_checkpoint, rounded, write
 from data.questions import read_questions
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
@@ -160,35 +159,6 @@ def held_out_losses(graph, batches, K, tau, args):
     return (sums[:2] / sums[2]).tolist()
 
 
-def write(path, content, note=None):
-    """Write tensors, JSON, lines of JSON or a picture; a crash or a full disk leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        if path.suffix == ".safetensors":
-            save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
-        elif path.suffix == ".png":
-            content.save(temporary, "PNG")
-        elif path.suffix == ".jsonl":
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in content))
-        else:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e}); make room there or give another --out") from None
-
-
-def read_checkpoint(path):
-    """(tensors, state): all of a run in one file, so that its pieces always belong together."""
-    try:
-        with safe_open(path, "pt") as file:
-            return load_file(path), json.loads(file.metadata()["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise InputError(f"--resume: {path} cannot be read ({e}); leave --resume away to start a run") from None
-
-
 @torch.no_grad()
 def calibrate(vlm, scorer, batches, K):
     """{budget: threshold and counts}: above which standardised score the held-out images have so many tokens on average.
@@ -236,21 +206,6 @@ def draw(curve, w=640, h=360):
     return image
 
 
-def rounded(value):
-    """The same value with every float in it at five digits, for JSON that is read by people too."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def portable(path):
-    """A path as it is written down: relative to this repository if inside it, else absolute; a hub name as it is."""
-    full = next((p.resolve() for p in (Path(path), HERE / path) if p.exists()), None)
-    return str(path if full is None else full.relative_to(HERE) if full.is_relative_to(HERE) else full)
-
-
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
@@ -259,10 +214,10 @@ def parse_arguments():
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
     add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
-    add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, log-uniform, "
-        f"and its geometric mean is deployed ({both('keep')})", metavar="K")
-    add("--budget", "image: that many tokens of each image, as in the papers; batch: so many on average, images compete for "
-        "what their process has of the batch (%(default)s)", choices=("image", "batch"), default="image")
+    add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
+        f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
+    add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the images "
+        "that are in memory together compete (%(default)s)", choices=("image", "batch"), default="image")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)

@@ -284,6 +284,11 @@ def tables():
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
         yield row(name, f"{variant['hardness']:.2f}", *(spread(v) for v in variant["retention"].values()))
+    budgets = read("budgets")
+    for name, at in budgets["retention"].items():
+        yield row(name, *(spread(at[K]["retention"]) if K in at else "–" for K in budgets["retention"]["image, top-K"]))
+    for name, by_shapes in budgets["by_shapes"].items():
+        yield row(name, *(f"{kept['mean']:.1f} ({kept['p10']}–{kept['p90']})" for kept in by_shapes.values()))
     for name, at in read("speed")["rows"].items():
         yield row(name, f"{at['tflops']:.2f}", *(f"{at[s]['median']:,.0f}" for s in
                   ("encode", "select", "project", "prefill", "first", "decode")), f"{at['cache_bytes'] / 1e6:.0f}",
