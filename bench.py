@@ -7,7 +7,7 @@ What pruning saves, what it costs and what it keeps. Six tables, each with its c
     python bench.py ablations          # train every variant, three seeds each (hours on two cores)
     python bench.py budgets            # pooled budgets, thresholds and ranges, three seeds each (hours on two cores)
     python bench.py probes             # the papers' measured claims about gradients and noise (minutes)
-    python bench.py ceiling            # what a perfect scorer could keep (minutes)
+    python bench.py ceiling            # how far choosing goes without a scorer (minutes)
     python bench.py                    # speed, accuracy and ablations; --json FILE saves what was measured
 
 accuracy takes any question file: one JSON object a line with question_id, image, text (LLaVA's evaluation format),
@@ -127,7 +127,8 @@ def cls_attention(vlm, inputs):
 def right_or_wrong(vlm, rows, choices):
     """{name: {category: [was each question answered right]}} for each of the choices {name: choose}.
 
-    choose(X, inputs) gives the tokens to keep, as in infer.ask. A batch is read and encoded once for all of them.
+    choose(X, inputs) gives the tokens to keep, (B, K), None for all, or (other tokens, keep). A batch is read and encoded
+    once for all of them.
     """
     batch = 50 if vlm.tokens and vlm.tokens < 600 else 8
     right = {name: {category: [] for category in sorted({row["category"] for row in rows})} for name in choices}
@@ -148,6 +149,11 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def accuracies(right):
+    """{name: {category: accuracy}} of what right_or_wrong gives."""
+    return {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
+
+
 def retention(pruned, full):
     """Mean over categories of pruned / unpruned accuracy, in per cent, as the papers define it."""
     return 100 * mean(pruned[c] / full[c] if full[c] else 1.0 for c in full)
@@ -163,17 +169,20 @@ def bootstrap(pruned, full, draws=1000):
     return values[draws // 40], values[-draws // 40 - 1]
 
 
-def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
+def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False, T=None):
     """Print accuracy by category and return what was printed, {row name: {category: accuracy}}.
 
-    Random is the mean of `seeds` draws; `others` adds what other papers choose by, on models with a square grid.
+    With T the scorer's tokens are those above that threshold. Random is the mean of `seeds` draws; `others` adds what
+    other papers choose by, on models with a square grid.
     """
     def drawn(K, seed):
         generator = torch.Generator().manual_seed(seed)
         return lambda X, inputs: chosen(torch.rand(X.shape[:2], generator=generator).to(X.device), K, inputs)
 
-    def chosen(scores, K, inputs):
+    def chosen(scores, K, inputs, T=None):
         valid = inputs.get("valid")
+        if T is not None:
+            return select(scores, count_above(standardised(scores, valid), T))
         return select(scores if valid is None else scores.masked_fill(~valid, -torch.inf), vlm.budget(K, scores, valid))
 
     ways = {f"all {vlm.tokens or ''}".strip(): [lambda X, inputs: None]}  # row name: [choose, …], averaged
@@ -182,7 +191,7 @@ def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
     square = vlm.tokens and math.isqrt(vlm.tokens) ** 2 == vlm.tokens
     grid = square and tower == "clip_vision_model" and layer in (-2, -1)
     for K in budgets:
-        ways[f"scorer {K}"] = [lambda X, inputs, K=K: chosen(scorer(X, inputs.get("valid")), K, inputs)]
+        ways[f"scorer {K}"] = [lambda X, inputs, K=K: chosen(scorer(X, inputs.get("valid")), K, inputs, T)]
         ways[f"random {K}"] = [drawn(K, seed) for seed in range(seeds)]
         if vlm.tokens:
             ways[f"uniform {K}"] = [lambda X, inputs, K=K: uniform_grid(X, K)]
@@ -195,7 +204,7 @@ def accuracy_table(vlm, scorer, rows, budgets, seeds=1, others=False):
     for name, chooses in ways.items():
         draws = [answers[name, i] for i in range(len(chooses))]
         right[name] = {c: [mean(r) for r in zip(*(draw[c] for draw in draws))] for c in draws[0]}  # mean of the draws
-    full, table = right[whole], {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
+    full, table = right[whole], accuracies(right)
     cells = lambda by: [*(f"{100 * a:.1f}" for a in (*by.values(), mean(by.values()))), f"{retention(by, table[whole]):.1f}"]
     show(f"{vlm.name}, {len(rows)} questions: accuracy by category, retention and its 95 % interval, in per cent",
          ["tokens", *full, "mean", "retention", "95 %"],
@@ -340,16 +349,19 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
 
 
 def train_variants(args, variants):
-    """Train these by train.py on the embedded default, seeds 0 … n-1, equal steps: {(variant, seed): folder}."""
+    """Train these by train.py on the embedded default, seeds 0 … n-1, equal steps: {(variant, seed): folder}.
+
+    A run that is in its folder, finished and of that length, is not trained again. --dtype is for the training only.
+    """
     from train import SHAPES  # here, since train.py imports this file
     steps = args.steps or SHAPES["steps"]
-    folders = {(variant, seed): args.runs / f"{variant.translate(str.maketrans(' :', '--', ','))}-{seed}"
+    folders = {(variant, seed): args.runs / f"{variant.replace(',', '').replace(' ', '-')}-{seed}"
                for variant in variants for seed in range(args.seeds)}
 
     def train(job):
         (variant, seed), folder = job
         settings = load_pruner(folder)[1] if (folder / "pruner.json").exists() else {"curve": [{"step": -1}]}
-        if settings["curve"][-1]["step"] != steps - 1:  # not there, not finished, or of another length
+        if settings["curve"][-1]["step"] != steps - 1 or "thresholds" not in settings:
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, HERE / "train.py", "--seed", str(seed), "--out", folder, "--overwrite",
                        "--questions", "none", "--device", args.device, "--dtype", args.dtype, "--steps", str(steps),
@@ -378,11 +390,11 @@ def ablations(args):
     for (variant, seed), folder in folders.items():
         scorer = load_pruner(folder)[0].to(args.device)
         choices |= {(variant, seed, K): lambda X, inputs, scorer=scorer, K=K: select(scorer(X), K) for K in budgets}
-    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
-    full, table = accuracy["all"], {}
+    answered = accuracies(right_or_wrong(vlm, rows, choices))
+    full, table = answered["all"], {}
     for variant in dict.fromkeys(variant for variant, _ in folders):
         ends = [load_pruner(folders[variant, seed])[1]["curve"][-1] for seed in seeds]
-        at = {K: [accuracy[variant, seed, K] for seed in seeds] for K in budgets}
+        at = {K: [answered[variant, seed, K] for seed in seeds] for K in budgets}
         table[variant] = {"hardness": mean(end["hardness"] for end in ends), "steps": ends[0]["step"] + 1,
                           "retention": {K: [retention(by, full) for by in runs] for K, runs in at.items()},
                           "by_category": {K: {c: mean(by[c] for by in runs) for c in full} for K, runs in at.items()}}
@@ -395,42 +407,42 @@ def ablations(args):
 # --- budgets: per image or pooled, top-K or a threshold, a range or one K ---------------------------------------------
 
 def budgets(args):
-    """One pruner for every budget, and more tokens for a busy picture: what does it gain, at equal mean counts?"""
+    """What do one pruner for every budget, and counts that differ from picture to picture, gain at equal mean counts?"""
     rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
-    ladder, seeds = ("8", "12", "16", "24", "32", "48"), range(args.seeds)
-    folders = train_variants(args, {"image": ["--keep", "8:32"], "batch": ["--keep", "8:32", "--budget", "batch"],
-                                    **{f"only {K}": ["--keep", K] for K in ("8", "16", "32", "48")}})
+    ladder, seeds = ("8", "12", "16", "24", "32", "48"), range(args.seeds)  # train.calibrate's, for K = 16
+    variants = {"image": (ladder, ["--keep", "8:32"]), "batch": (ladder, ["--keep", "8:32", "--budget", "batch"]),
+                **{f"only {K}": ([K], ["--keep", K]) for K in ("8", "16", "32", "48")}}
+    folders = train_variants(args, {name: flags for name, (_, flags) in variants.items()})
     choices, counts = {"all": lambda X, inputs: None}, {}
 
-    def add(name, count):  # count(scores) -> how many tokens of each image
+    def add(name, scorer, count):  # count(z) -> how many tokens of each image: a number, or (B,)
         def choose(X, inputs):
             scores = scorer(X)
-            K = count(scores)
+            K = count(standardised(scores))
             counts.setdefault(name, []).extend(K.tolist() if torch.is_tensor(K) else [K] * len(X))
             return select(scores, K)
-        scorer = load_pruner(folders[name[0], name[2]])[0].to(args.device)
         choices[name] = choose
 
     for (variant, seed), folder in folders.items():
-        settings = load_pruner(folder)[1]
-        tau = settings["curve"][-1]["tau"]
-        for K in ladder if variant in ("image", "batch") else [variant.split()[1]]:
-            add((variant, "top-K", seed, K), lambda scores, K=K: int(K))
+        scorer, settings = load_pruner(folder)
+        scorer, tau = scorer.to(args.device), settings["curve"][-1]["tau"]
+        for K in variants[variant][0]:
+            add((variant, "top-K", seed, K), scorer, lambda z, K=K: int(K))
             if variant in ("image", "batch"):
                 T = settings["thresholds"][K]["threshold"]
-                add((variant, "threshold", seed, K), lambda scores, T=T: count_above(standardised(scores), T))
+                add((variant, "threshold", seed, K), scorer, lambda z, T=T: count_above(z, T))
             if variant == "image":
-                add((variant, "alpha > ½", seed, K), lambda scores, K=K, tau=tau: (
-                    soft_top_k(standardised(scores), int(K), tau) > 0.5).sum(-1).clamp_min(1))
-    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right_or_wrong(vlm, rows, choices).items()}
+                add((variant, "alpha > ½", seed, K), scorer,
+                    lambda z, K=K, tau=tau: (soft_top_k(z, int(K), tau) > 0.5).sum(-1).clamp_min(1))
+    answered = accuracies(right_or_wrong(vlm, rows, choices))
     table, ways = {}, dict.fromkeys(name[:2] for name in counts)
     for way in ways:
         at = {K: [(*way, seed, K) for seed in seeds] for K in ladder if (*way, 0, K) in counts}
-        table[", ".join(way)] = {K: {"retention": [retention(accuracy[name], accuracy["all"]) for name in names],
+        table[", ".join(way)] = {K: {"retention": [retention(answered[name], answered["all"]) for name in names],
                                      "kept": [mean(counts[name]) for name in names]} for K, names in at.items()}
-    show("retention at a mean number of tokens kept, mean of the seeds (lowest to highest)",
-         ["trained and cut", *ladder], ([name, *(spread(at[K]["retention"]) if K in at else "–" for K in ladder)]
-                                        for name, at in table.items()))
+    cell = lambda at: f"{spread(at['retention'])} @ {mean(at['kept']):.1f}"
+    show("retention, mean of the seeds (lowest to highest) @ tokens kept, mean", ["trained, cut", *ladder],
+         ([name, *(cell(at[K]) if K in at else "–" for K in ladder)] for name, at in table.items()))
     shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
     by_shapes = {}
     for variant in ("image", "batch"):
@@ -453,7 +465,7 @@ def probes(args):
     roughness: mean change of the loss from step to step along a random direction in the scorer's weights, noise fixed;
     noise like dropping: accuracy with random scores, all tokens gated to a mean weight of K/N against K tokens kept.
     """
-    from train import PROMPT, SHAPES, cosine, read_coco, training_loss  # here, since train.py imports this file
+    from train import PROMPT, SHAPES, read_coco, tau_at, training_loss  # here, since train.py imports this file
     from denoiser import Denoiser
     vlm, folder = load("data/shapes/llava", args.device), prepare()
     pairs = list(read_coco(folder / "train.json").items())
@@ -480,7 +492,7 @@ def probes(args):
 
         row = {"coherence_start": coherence(2.0)}
         for step in tqdm(range(args.steps or 60), desc=f"{gate}, seed {seed}", dynamic_ncols=True, leave=False):
-            tau = cosine(2.0, 0.1, step / (args.steps or 60) / 2)
+            tau = tau_at("papers", step / (args.steps or 60) / 2, 2.0, 0.1)
             optimizer.zero_grad()
             loss_at(step, tau).backward()
             optimizer.step()
@@ -524,38 +536,38 @@ def probes(args):
 # --- ceiling ----------------------------------------------------------------------------------------------------------
 
 def ceiling(args):
-    """What a perfect scorer could keep: the scores of each of 50 images are optimised for themselves, by the training
-    graph itself (gate, presence, falling tau), on the image's captions, or, as no scorer may, on the answers."""
-    from train import PROMPT, RECIPES, training_loss  # here, since train.py imports this file
+    """How far choosing goes without a scorer: the scores of each of 50 images are optimised for themselves, by the
+    training graph (gate, presence, falling tau), on the image's captions, or, as no scorer may, on the answers."""
+    from train import PROMPT, RECIPES, tau_at, training_loss  # here, since train.py imports this file
     rows, vlm = read_questions(prepare() / "questions.jsonl")[:250], load("data/shapes/llava", args.device)
-    recipe, K, steps = RECIPES["ours"], vlm.budget((args.keep or [16])[0]), args.steps or 60
+    K, steps, recipe = vlm.budget((args.keep or [16])[0]), args.steps or 60, RECIPES["ours"]
     captions = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}")) for i in range(len(rows))]
-    texts = {"answers": [(row["text"], row["label"]) for row in rows], "captions": [(PROMPT, text) for text in captions]}
+    texts = {"captions": ([PROMPT] * len(rows), captions),  # five a picture, as there are five questions
+             "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
     torch.manual_seed(0)
     pictures = [read_image(row["image"]) for row in rows]
-    statistics_ = whitening(torch.cat([vlm.encode(vlm.inputs(pictures[i::50], ["?"] * 5)) for i in range(50)]))
-    keeps = {}
-    for name, said in texts.items():
-        for at in tqdm(range(0, len(rows), 50), desc=name, dynamic_ncols=True, leave=False):  # ten images, five texts each
-            inputs = vlm.inputs(pictures[at:at + 50], *map(list, zip(*said[at:at + 50])))
-            scores = (0.1 * torch.randn(10, vlm.tokens, device=vlm.model.device)).requires_grad_()
+    mean_X, L = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * 50)))
+    choices = {"all": lambda X, inputs: None}
+    for name, (asked, said) in texts.items():
+        keeps = []
+        for part in tqdm([slice(i, i + 50) for i in range(0, len(rows), 50)], desc=name, dynamic_ncols=True, leave=False):
+            inputs = vlm.inputs(pictures[part], asked[part], said[part])
+            scores = (0.1 * torch.randn(10, vlm.tokens, device=vlm.model.device)).requires_grad_()  # ten pictures
             optimizer = torch.optim.Adam([scores], lr=0.05)
             for step in range(steps):
-                tau = recipe["tau_start"] * (recipe["tau_end"] / recipe["tau_start"]) ** min(1, step / steps / recipe["anneal"])
+                tau = tau_at("ours", step / (recipe["anneal"] * steps), recipe["tau_start"], recipe["tau_end"])
                 loss, _ = training_loss(vlm, lambda X, valid: scores.repeat_interleave(5, 0), torch.nn.Identity(),
-                                        statistics_, inputs, K, tau, recipe="ours")
+                                        (mean_X, L), inputs, K, tau, recipe="ours")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            keeps.setdefault(name, []).append(select(scores.detach(), K).repeat_interleave(5, 0))
-    turns = {name: iter(keep) for name, keep in keeps.items()}  # right_or_wrong goes by fifty rows, too
-    right = right_or_wrong(vlm, rows, {"all": lambda X, inputs: None} | {
-        name: lambda X, inputs, turn=turn: next(turn) for name, turn in turns.items()})
-    accuracy = {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
-    full = accuracy["all"]
+            keeps.append(select(scores.detach(), K).repeat_interleave(5, 0))
+        choices[name] = lambda X, inputs, turn=iter(keeps): next(turn)  # right_or_wrong's batch is 50, too
+    answered = accuracies(right_or_wrong(vlm, rows, choices))
+    full = answered["all"]
     show(f"{K} tokens, chosen for each of 50 images by optimisation on its", ["", *full, "retention"],
-         ([name, *(f"{100 * a:.1f}" for a in by.values()), f"{retention(by, full):.1f}"] for name, by in accuracy.items()))
-    return accuracy
+         ([name, *(f"{100 * a:.1f}" for a in by.values()), f"{retention(by, full):.1f}"] for name, by in answered.items()))
+    return answered
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -577,8 +589,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
     add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=TABLES)
-    add("--keep", "budgets, whole numbers or shares of the tokens (33.3%% 22.2%% 11.1%%; ablations 16 32 48)", metavar="K",
-        nargs="+")
+    add("--keep", "how many tokens, whole numbers or shares (33.3%% 22.2%% 11.1%%; ablations 16 32 48, ceiling 16)",
+        metavar="K", nargs="+")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
     add("--seeds", "of random choices and of what is trained (%(default)s)", type=int, default=3)
     add_pruner_arguments(ap)
@@ -588,7 +600,7 @@ def main():
     add("--text", "speed: text tokens (%(default)s)", type=int, default=95, metavar="T")
     add("--repeats", "speed: timed passes (default: 50 on a GPU, 5 on a CPU)", type=int)
     add("--compile", "speed: also with torch.compile, on a GPU with CUDA graphs", action="store_true")
-    add("--steps", "ablations, budgets, probes: training steps (default: train.py's own; 60)", type=int)
+    add("--steps", "of training (default: train.py's own; probes, ceiling: 60)", type=int)
     add("--variants", "ablations: only these", nargs="+", choices=VARIANTS)
     add("--runs", "ablations, budgets: folder of the trained runs, which are not trained again (%(default)s)", type=Path,
         default=HERE / "out/bench")

@@ -3,14 +3,14 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
 
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
-    python infer.py img.jpg "question" --keep ~16                     # 16 on average: a busy picture keeps more
+    python infer.py img.jpg "question" --keep ~16                     # 16 on average, more or fewer by the picture
     python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
-What scores above a threshold stays, at its original position; the rest never reaches the LLM. The threshold is the
-K-th highest score of the image (--keep K), or one for all images: a number of standard deviations above the mean of an
-image's scores (--threshold T), which train.py calibrated so that K tokens are kept on average (--keep ~K).
+--keep K keeps the K tokens of the image that score highest. --threshold T keeps what lies more than T standard
+deviations above the image's mean score, and --keep ~K takes the T that train.py found to keep about K on average. They
+stay at their original positions; the rest never reaches the LLM.
 The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run is gone on with.
 """
 import argparse
@@ -102,10 +102,10 @@ def chooser(args, settings, scorer, vlm):
     budget, T = args.keep or settings["keep"], args.threshold
     if T is not None and args.keep:
         raise InputError("--keep and --threshold: both say how many tokens to keep; give one of them")
-    if str(budget).startswith("~"):
+    if T is None and str(budget).startswith("~"):
         known = settings.get("thresholds") or {}
         if budget[1:] not in known:
-            there = ", ".join(f"~{K}" for K in known) or "none, since it is from before there were any"
+            there = ", ".join(f"~{K}" for K in known) or "none (its training has not ended, or it is older than they)"
             raise InputError(f"--keep {budget}: {args.pruner / 'pruner.json'} has thresholds for {there}; give one of "
                              "these, --threshold, or a whole number")
         T = known[budget[1:]]["threshold"]
@@ -117,8 +117,11 @@ def chooser(args, settings, scorer, vlm):
         scores = scorer(X, valid)  # (B, N)
         K = vlm.budget(budget, X, valid) if T is None else count_above(standardised(scores, valid), T)
         return select(scores, K)
-    everything = T is None and budget in ("all", vlm.tokens)
-    return (lambda X, inputs: None) if everything else choose, {"keep": budget} if T is None else {"threshold": T}
+    if T is not None:
+        return choose, {"threshold": T}
+    if budget in ("all", vlm.tokens):
+        return lambda X, inputs: None, {"keep": budget}
+    return choose, {"keep": budget}
 
 
 class FirstToken:
@@ -178,13 +181,13 @@ def seen_by_model(vlm, inputs):
 
 
 @torch.no_grad()
-def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
+def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
 
-    choose(X, inputs) gives the tokens to keep, (B, K), None for all, or (other tokens, keep). It never sees the
+    choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the
     question: an image that comes again within 16 batches is encoded and chosen from once.
     """
-    with tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=len(rows), desc="questions", dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(rows), 16 * batch):
             window = sorted(range(start, min(start + 16 * batch, len(rows))), key=lambda i: len(rows[i]["text"]))
             seen = {}  # image: (its X, its keep)
@@ -196,7 +199,6 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128, desc="questions"):
                     inputs = vlm.inputs(list(new.values()), ["?"] * len(new))
                     X = vlm.encode(inputs)  # (new, N, d_v)
                     keep = choose(X, inputs)
-                    X, keep = keep if isinstance(keep, tuple) else (X, keep)
                     counts = inputs["valid"].sum(1) if "valid" in inputs else [X.shape[1]] * len(X)
                     seen |= {image: (X[j, :counts[j]], None if keep is None else keep[j][keep[j] >= 0])
                              for j, image in enumerate(new)}

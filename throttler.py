@@ -216,7 +216,8 @@ def gumbel_top_k(scores, K, tau=1.0):
 def standardised(scores, valid=None):
     """z = (s - mean) / standard deviation over each image's real tokens, (B, N) -> (B, N).
 
-    Soft top-K is blind to a shift of an image's scores, so their level means nothing; z has one that images share.
+    Soft top-K is blind to a shift of an image's scores, so their level means nothing; z's level does. (1e-5 is added to
+    the variance.)
     """
     if valid is None:
         return F.layer_norm(scores, scores.shape[-1:])
@@ -227,7 +228,8 @@ def standardised(scores, valid=None):
 
 
 def threshold(z, total):
-    """Which T so many of all the standardised scores z lie above: midway between that score and the next."""
+    """The T that exactly `total` of the standardised scores z lie above: midway between the total-th highest and the next.
+    """
     high = z[z > -torch.inf].sort(descending=True).values  # padding aside
     below = high[total] if total < len(high) else high[-1] - 1
     return ((high[total - 1] + below) / 2).item()

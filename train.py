@@ -88,8 +88,8 @@ def with_noise(graph, samples, inputs, seed):
     return vlm, scorer, denoiser, (*statistics, torch.nn.utils.rnn.pad_sequence(noise, batch_first=True))
 
 
-def rows_of(values, K, budget):
-    """Values (B, N) in rows that share a budget, and the budget of a row: every image K of its own, or the batch B·K."""
+def pooled(values, K, budget):
+    """What shares a budget in one row, and that budget: (B, N) and K of each image, or per batch (1, B·N) and their sum."""
     if budget == "image":
         return values, K
     return values.reshape(1, -1), K.sum() if torch.is_tensor(K) else K * len(values)
@@ -106,13 +106,19 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
     K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
         scores = scorer(X, valid)  # (B, N)
-        if recipe == "ours" or budget == "batch":
+        if recipe == "ours" or budget == "batch":  # images that share a budget need a common scale
             scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
-        alpha = top_k(*rows_of(scores, K, budget), tau).view_as(scores)  # (B, N), each row sums to K, or all to B·K
+        rows, k = pooled(scores, K, budget)
+        alpha = top_k(rows, k, tau).view_as(scores)  # (B, N), each row sums to K, or all to B·K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
         X_bar = denoiser(X_tilde)  # (B, N, d_v)
         return vlm.loss(inputs, X_bar, alpha=alpha if recipe == "ours" else None), alpha
+
+
+def tau_at(recipe, t, start, end):
+    """The temperature as t goes from 0 to 1, and then: papers' along a cosine, ours geometric, halved in equal times."""
+    return cosine(start, end, t) if recipe == "papers" else start * (end / start) ** min(1, t)
 
 
 def drawn(keep, u):
@@ -127,7 +133,7 @@ def drawn(keep, u):
         K = start * (end / start) ** u
     except (ValueError, IndexError):
         raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20%, the lower end first") from None
-    return f"{K:.3f}%" if low[-1] == "%" else round(K)
+    return f"{K:.4g}%" if low[-1] == "%" else round(K)
 
 
 def words_in(inputs):
@@ -142,18 +148,21 @@ def sum_over_processes(*tensors):
 
 @torch.no_grad()
 def held_out_losses(graph, batches, K, tau, args):
-    """Caption losses on held-out images: (soft, as in training; deployed: hard top-K, no noise, no denoiser)."""
+    """Caption losses on held-out images: (soft, as in training; deployed: hard, no noise, no denoiser).
+
+    Hard is the top K of each image; with --budget batch what lies above the one threshold that keeps K on average.
+    """
     vlm, scorer, *_ = graph
     sums = torch.zeros(3, device=vlm.model.device)
     for g, inputs, _ in batches:
         noisy = with_noise(graph, g, inputs, args.seed)
         soft, _ = training_loss(*noisy, inputs, K, tau, args.gate, args.recipe, args.budget)
         X, valid = vlm.encode(inputs), inputs.get("valid")
-        scores, kept = scorer(X, valid), vlm.budget(K, X, valid)
+        scores, counts = scorer(X, valid), vlm.budget(K, X, valid)
         if args.budget == "batch":
-            z, total = rows_of(standardised(scores, valid), kept, args.budget)
-            kept = count_above(z.view_as(scores), threshold(z, int(total)))
-        deployed = vlm.loss(inputs, X, select(scores, kept))
+            z, (_, total) = standardised(scores, valid), pooled(scores, counts, args.budget)
+            counts = count_above(z, threshold(z, int(total)))
+        deployed = vlm.loss(inputs, X, select(scores, counts))
         sums += torch.stack([soft, deployed, torch.ones_like(soft)]) * words_in(inputs)
     sum_over_processes(sums)
     return (sums[:2] / sums[2]).tolist()
@@ -161,20 +170,23 @@ def held_out_losses(graph, batches, K, tau, args):
 
 @torch.no_grad()
 def calibrate(vlm, scorer, batches, K):
-    """{budget: threshold and counts}: above which standardised score the held-out images have so many tokens on average.
+    """{budget: threshold and counts}: above which z the held-out images have so many tokens on average.
 
-    Budgets: K and multiples of it. Counts: mean and the 10th and 90th percentile over the images, at least one each.
+    Budgets: ½, ¾, 1, 1½, 2 and 3 times K. Counts: mean, 10th and 90th percentile over the images. An image with no token
+    above the threshold keeps one, so the mean of a low budget comes out a little higher.
     """
-    size, unit = (float(K[:-1]), "%") if "%" in str(K) else (K, "")
-    budgets = [f"{size * m:.4g}%" if unit else str(round(size * m)) for m in (0.5, 0.75, 1, 1.5, 2, 3)]
-    most = 100 if unit else vlm.tokens or math.inf
-    totals, z = {b: 0 for b in budgets if 1 * (not unit) <= float(b.removesuffix("%")) <= most}, []
+    if K == "all":
+        return {}
+    share = str(K).endswith("%")
+    size, most = (float(K[:-1]), 100) if share else (K, vlm.tokens or math.inf)
+    names = {m: f"{size * m:.4g}%" if share else str(round(size * m)) for m in (0.5, 0.75, 1, 1.5, 2, 3)} | {1: str(K)}
+    totals = {name: 0 for m, name in names.items() if name != "0" and size * m <= most}
+    z = []
     for _, inputs, _ in batches:
         X, valid = vlm.encode(inputs), inputs.get("valid")
-        z += standardised(scorer(X, valid), valid)
+        z.extend(standardised(scorer(X, valid), valid))
         for b in totals:
-            kept = vlm.budget(b, X, valid)
-            totals[b] += int(kept.sum()) if torch.is_tensor(kept) else kept * len(X)
+            totals[b] += int(pooled(X, vlm.budget(b, X, valid), "batch")[1])
     z = torch.nn.utils.rnn.pad_sequence(z, True, -math.inf)  # (images, N)
     result = {}
     for b, total in totals.items():
@@ -217,7 +229,7 @@ def parse_arguments():
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
         f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
     add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the images "
-        "that are in memory together compete (%(default)s)", choices=("image", "batch"), default="image")
+        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py (%(default)s)", choices=("image", "batch"), default="image")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
@@ -297,8 +309,9 @@ def main():
     old = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
+        free = FREE - {"accumulate"} if args.budget == "batch" else FREE
         for k in flags:
-            if k not in FREE and state["settings"].get(k) != flags[k]:
+            if k not in free and state["settings"].get(k) != flags[k]:
                 raise InputError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has "
                                  f"{state['settings'].get(k)}; --resume needs the same")
     elif old and not args.overwrite:
@@ -310,8 +323,9 @@ def main():
     vlm = load(args.model, args.device, DTYPES[args.dtype])
     if vlm.processor is None:
         raise InputError(f"--model {args.model}: has random weights and no tokenizer; it is for bench.py speed")
-    # K is what is deployed; where N varies, K stays as it was given, and N is None
-    *_, K, N = *(vlm.budget(drawn(args.keep, u)) for u in (0, 1, 0.5)), vlm.tokens
+    for end in (0, 1):
+        vlm.budget(drawn(args.keep, end))  # both ends of a range must be possible
+    K, N = vlm.budget(drawn(args.keep, 0.5)), vlm.tokens  # what is deployed; where N varies: as it was given, and None
     if N is None and args.denoiser == "global":
         raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
@@ -329,7 +343,7 @@ def main():
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
     say(f"{args.model}: {N or 'a varying number of'} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
-    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": K, "parameters": count, "settings": flags,
+    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": f"~{K}" if args.budget == "batch" else K, "parameters": count, "settings": flags,
              "versions": {"python": platform.python_version(), "torch": torch.__version__,
                           "transformers": transformers.__version__}}
     say(vlm.memory_plan(sum(p.numel() for p in learned), at_once, args.checkpointing))
@@ -394,9 +408,7 @@ def main():
             break
 
         # schedules
-        t = min(1, step / settled)
-        tau = (cosine(args.tau_start, args.tau_end, t) if args.recipe == "papers"
-               else args.tau_start * (args.tau_end / args.tau_start) ** t)  # ours: halved in equal times
+        tau = tau_at(args.recipe, step / settled, args.tau_start, args.tau_end)
         optimizer.param_groups[0]["lr"] = lr = cosine(args.lr, 0, step / args.steps)
 
         # forward and backward: encoder -> scorer -> soft top-K -> noise gate -> denoiser -> frozen LLM, part by part
@@ -411,7 +423,7 @@ def main():
             loss, alpha = training_loss(*noisy, inputs, K_now, tau, args.gate, args.recipe, args.budget)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            shares, k = rows_of(alpha.detach(), vlm.budget(K_now, alpha, inputs.get("valid")), args.budget)
+            shares, k = pooled(alpha.detach(), vlm.budget(K_now, alpha, inputs.get("valid")), args.budget)
             kept = select(shares, k)  # (rows, k)
             top = shares.gather(1, kept.clamp_min(0)) * (kept >= 0)
             hardness = (top.sum(1) / (kept >= 0).sum(1)).mean() * len(alpha)  # must approach 1, as it is in use
@@ -480,7 +492,8 @@ def main():
     result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, **best}
     if questions:
         vlm.model.eval()
-        table = accuracy_table(vlm, scorer, questions, [K])
+        T = about["thresholds"][str(K)]["threshold"] if args.budget == "batch" and K != "all" else None
+        table = accuracy_table(vlm, scorer, questions, [K], T=T)
         full, ours = table[f"all {N or ''}".strip()], table[f"scorer {K}"]
         result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
                    "retention_random": retention(table[f"random {K}"], full),

@@ -15,7 +15,7 @@ from model import HERE, InputError
 
 
 def write(path, content, note=None):
-    """Write tensors, JSON, lines of JSON or a picture; a crash or a full disk leaves the old file or the new one."""
+    """Write tensors, JSON, lines of JSON or a picture, by the name's ending; note: a safetensors file's metadata."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         if path.suffix == ".safetensors":
@@ -31,7 +31,7 @@ def write(path, content, note=None):
         temporary.replace(path)
     except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e}); make room there or give another --out") from None
+        raise InputError(f"{path}: cannot be written ({e}); make room there or give another place") from None
 
 
 def read_checkpoint(path):

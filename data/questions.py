@@ -40,9 +40,10 @@ def read_questions(path, images=None, need=("image", "text", "label")):
     for number, line in enumerate(lines, 1):
         try:
             row = {"category": "all", **(json.loads(line) if isinstance(line, str) else line)}
-            row |= {field: row[field] for field in need} | {"category": str(row["category"])}
+            [row[field] for field in need]  # KeyError names the one that is missing
+            row["category"] = str(row["category"])
             if not isinstance(row["text"], str):
-                raise TypeError("text is none")
+                raise TypeError("text is no string")
             row["image"] = folder / row["image"] if isinstance(row["image"], str) else row["image"]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}: line {number} needs {', '.join(need)} in one JSON object ({e!r})") from None
@@ -107,7 +108,8 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     left = [i for i, id in enumerate(ids) if id not in done]
     with open(path, "a", encoding="utf-8") as file:
         for part in answer([rows[i] for i in left]):
-            for i, text in ((left[j], text) for j, text in part):
+            for j, text in part:
+                i = left[j]
                 done[ids[i]] = {"question_id": rows[i]["question_id"], "prompt": rows[i].get("prompt", rows[i]["text"]),
                                 "text": text, "answer_id": ids[i], "model_id": settings["model"], "metadata": settings}
                 file.write(json.dumps(done[ids[i]]) + "\n")
