@@ -606,8 +606,8 @@ def main():
         default=HERE / "out/bench")
     add("--jobs", "ablations, budgets: runs at once (%(default)s)", type=int, default=1)
     args = ap.parse_args()
-    for name in ("seeds", "batch", "text", "jobs"):
-        if getattr(args, name) < 1:
+    for name in ("seeds", "batch", "text", "jobs", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
     args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
     measured = {"conditions": conditions(), "command": " ".join(["python bench.py", *sys.argv[1:]])}

@@ -3,7 +3,7 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
 
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
-    python infer.py img.jpg "question" --keep ~16                     # 16 on average, more or fewer by the picture
+    python infer.py img.jpg "question" --keep '~16'                   # 16 on average, more or fewer by the picture
     python infer.py img.jpg "question" --keep all                     # the stock model, for comparison
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
@@ -55,11 +55,13 @@ def load_pruner(folder):
         settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
         scorer = Scorer(settings["width"])
         settings["model"], settings["keep"]  # needed later
+        if not all(math.isfinite(entry["threshold"]) for entry in settings.get("thresholds", {}).values()):
+            raise ValueError("a threshold is no number")
         scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
         for name, tensor in scorer.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds what is no number")
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{folder}: scorer.safetensors and pruner.json do not fit together ({reason}); train again"
                          ) from None
@@ -99,15 +101,18 @@ def chooser(args, settings, scorer, vlm):
 
     InputError for a budget that cannot be, or one that the pruner has no threshold for.
     """
-    budget, T = args.keep or settings["keep"], args.threshold
-    if T is not None and args.keep:
-        raise InputError("--keep and --threshold: both say how many tokens to keep; give one of them")
+    budget, T = settings["keep"] if args.keep is None else args.keep, args.threshold
     if T is None and str(budget).startswith("~"):
-        known = settings.get("thresholds") or {}
+        known, made = settings.get("thresholds", {}), args.pruner / "pruner.json"
+        if not known:
+            raise InputError(f"--keep {budget}: {made} has no thresholds, since the run has not ended (train.py --resume) "
+                             "or is older than they are; give --threshold or a whole number")
         if budget[1:] not in known:
-            there = ", ".join(f"~{K}" for K in known) or "none (its training has not ended, or it is older than they)"
-            raise InputError(f"--keep {budget}: {args.pruner / 'pruner.json'} has thresholds for {there}; give one of "
+            raise InputError(f"--keep {budget}: {made} has thresholds for {', '.join(f'~{K}' for K in known)}; give one of "
                              "these, --threshold, or a whole number")
+        if "%" not in budget and vlm.tokens != settings.get("tokens"):
+            raise InputError(f"--keep {budget}: was found for {settings.get('tokens')} visual tokens, but {vlm.name} has "
+                             f"{vlm.tokens or 'a varying number'}; give --threshold or a whole number")
         T = known[budget[1:]]["threshold"]
     if T is None:
         budget = vlm.budget(budget)  # wrong input ends here, before the work
@@ -254,9 +259,9 @@ def main():
     ap.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     ap.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
     ap.add_argument("--keep", metavar="K", help="visual tokens to keep, a share as 11.1%%, or 'all' (default: the "
-                    "pruner's); ~K: K on average, by the threshold that the pruner was calibrated with")
+                    "pruner's); '~K': K on average, by the threshold that the pruner was calibrated with")
     ap.add_argument("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations "
-                    "above the image's mean, at least one token")
+                    "above the image's mean, at least one token (a negative one as --threshold=-1)")
     add_pruner_arguments(ap)
     ap.add_argument("--max-new-tokens", type=int, default=128, metavar="T", help="of an answer at most (%(default)s)")
     ap.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what was kept")
@@ -270,6 +275,10 @@ def main():
 
     if (args.image is None) == (args.questions is None) or (args.questions is None) != (args.answers is None):
         raise InputError("give a picture, or --questions together with --answers")
+    if args.threshold is not None and args.keep is not None:
+        raise InputError("--keep and --threshold: both say how many tokens to keep; give one of them")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise InputError(f"--threshold {args.threshold}: must be a finite number, as 1.5")
     if min(args.batch, args.max_new_tokens) < 1:
         raise InputError("--batch and --max-new-tokens must be 1 or more")
     if args.questions and args.answers.exists() and args.answers.samefile(args.questions):

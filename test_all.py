@@ -561,12 +561,22 @@ def test_threshold_from_the_command_line(tmp_path, coco, capsys):
     assert row["text"] == first["answer"] and row["metadata"]["threshold"] == T and "keep" not in row["metadata"]
     capsys.readouterr()
     for wrong, cure in ((("--keep", "~17"), "~10, ~15, ~20"), (("--keep", "5", "--threshold", "1"), "give one"),
-                        (("--keep", "~"), "~10, ~15, ~20")):
+                        (("--keep", "~"), "~10, ~15, ~20"), (("--threshold", "nan"), "finite")):
         assert run(infer.main, *ask, *wrong) == 2
         assert cure in (err := capsys.readouterr().err.splitlines())[-1] and err[-1].startswith("error: ")
+    for bad in (math.nan, None, "1.6", 10 ** 400):
+        settings["thresholds"]["20"]["threshold"] = bad
+        (out / "pruner.json").write_text(json.dumps(settings))
+        assert run(infer.main, *ask, "--keep", "~20") == 2 and (err := capsys.readouterr().err).startswith("error: "), bad
     del settings["thresholds"]
     (out / "pruner.json").write_text(json.dumps(settings))
-    assert run(infer.main, *ask, "--keep", "~20") == 2 and "thresholds for none" in capsys.readouterr().err
+    assert run(infer.main, *ask, "--keep", "~20") == 2 and "no thresholds" in capsys.readouterr().err
+    settings |= {"thresholds": {"20": {"threshold": 1.0}}, "tokens": 576}
+    (out / "pruner.json").write_text(json.dumps(settings))
+    assert run(infer.main, *ask, "--keep", "~20") == 2 and "576" in capsys.readouterr().err
+    assert tiny(coco, out, "--budget", "batch", "--accumulate", 2, "--resume") == 2
+    assert "--accumulate times processes 2" in capsys.readouterr().err
+    assert tiny(coco, tmp_path / "one", "--budget", "batch", "--accumulate", 4) == 2 and "raise --batch" in capsys.readouterr().err
 
 
 def test_uniform_grid_and_random_keep_exactly_k():

@@ -180,7 +180,7 @@ def calibrate(vlm, scorer, batches, K):
     share = str(K).endswith("%")
     size, most = (float(K[:-1]), 100) if share else (K, vlm.tokens or math.inf)
     names = {m: f"{size * m:.4g}%" if share else str(round(size * m)) for m in (0.5, 0.75, 1, 1.5, 2, 3)} | {1: str(K)}
-    totals = {name: 0 for m, name in names.items() if name != "0" and size * m <= most}
+    totals = {name: 0 for m, name in names.items() if name != "0" and "e" not in name and size * m <= most}
     z = []
     for _, inputs, _ in batches:
         X, valid = vlm.encode(inputs), inputs.get("valid")
@@ -273,6 +273,9 @@ def parse_arguments():
         raise InputError(f"--anneal {args.anneal}: is a share of the steps, 1 at most; tau must arrive")
     if min(args.patience, args.workers) < 0:
         raise InputError("--patience and --workers must not be below 0")
+    if args.budget == "batch" and WORLD * args.accumulate * 2 > args.batch:
+        raise InputError(f"--budget batch: {WORLD} processes times --accumulate {args.accumulate} leave one image of --batch "
+                         f"{args.batch} at a time, which competes with none; raise --batch")
     if WORLD * args.accumulate > args.batch:
         raise InputError(f"--batch {args.batch}: is fewer than {WORLD} processes times --accumulate {args.accumulate}")
     return args
@@ -303,19 +306,20 @@ def main():
 
     # the run in --out: none, one to go on with, or one to replace
     flags = {k: portable(v) if v and k in ("model", "data", "images", "questions") else v
-             for k, v in vars(args).items() if k not in ("out", "resume", "overwrite")}
+             for k, v in vars(args).items() if k not in ("out", "resume", "overwrite")} | {"parts": parts}
     state = {"step": 0, "curve": [], "unreadable": 0, "skipped": [], "seconds": 0, "settings": flags}
     checkpoint = args.out / "checkpoint.safetensors"
-    old = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
+    there = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
-        free = FREE - {"accumulate"} if args.budget == "batch" else FREE
+        old = {"budget": "image", "parts": 1, **state["settings"]}  # what a checkpoint from before they were has
+        free = FREE if "batch" == args.budget or "gumbel" == args.gate else FREE | {"parts"}
         for k in flags:
-            if k not in free and state["settings"].get(k) != flags[k]:
-                raise InputError(f"--{k.replace('_', '-')} {flags[k]}: the run in {args.out} has "
-                                 f"{state['settings'].get(k)}; --resume needs the same")
-    elif old and not args.overwrite:
-        raise InputError(f"--out {args.out}: holds a run ({old[0].name}); --resume goes on, --overwrite replaces it")
+            if k not in free and old.get(k) != flags[k]:
+                name = "--accumulate times processes" if k == "parts" else f"--{k.replace('_', '-')}"
+                raise InputError(f"{name} {flags[k]}: the run in {args.out} has {old.get(k)}; --resume needs the same")
+    elif there and not args.overwrite:
+        raise InputError(f"--out {args.out}: holds a run ({there[0].name}); --resume goes on, --overwrite replaces it")
 
     # the frozen VLM, and the two modules that learn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
