@@ -192,7 +192,7 @@ def calibrate(vlm, scorer, batches, K):
     for b, total in totals.items():
         T = threshold(z, total)
         counts = count_above(z, T).sort().values.tolist()
-        low, high = (counts[round(share * (len(counts) - 1))] for share in (0.1, 0.9))
+        low, high = (counts[round(q * (len(counts) - 1))] for q in (0.1, 0.9))
         result[b] = {"threshold": T, "mean": mean(counts), "p10": low, "p90": high}
     return result
 

@@ -281,6 +281,9 @@ def tables():
     whole, *_ = read("accuracy").values()
     for name, by_category in read("accuracy").items():
         yield row(name, *per_cent(by_category, whole))
+    whole, *_ = read("ceiling").values()
+    for name, by_category in list(read("ceiling").items())[1:]:
+        yield row(name, *per_cent(by_category, whole))
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
         yield row(name, f"{variant['hardness']:.2f}", *(spread(v) for v in variant["retention"].values()))
