@@ -493,7 +493,7 @@ def main():
     say(f"wrote {args.out}/ (step {best['step']})")
 
     # what it is worth, on questions that training never saw
-    result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, **best}
+    result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, "budget": args.budget, **best}
     if questions:
         vlm.model.eval()
         T = about["thresholds"][str(K)]["threshold"] if args.budget == "batch" and K != "all" else None

@@ -276,6 +276,7 @@ def tables():
     for run in runs:
         whole, K = run["by_category"]["all 144"], run["keep"]
         name = f"scorer {K}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
+        name += ", batch" * (run.get("budget") == "batch")
         yield row(name, *per_cent(run["by_category"][f"scorer {K}"], whole), f"{run['hardness']:.2f}",
                   f"{run['soft_loss']:.2f} / {run['deployed_loss']:.2f}")
     whole, *_ = read("accuracy").values()
@@ -289,7 +290,9 @@ def tables():
         yield row(name, f"{variant['hardness']:.2f}", *(spread(v) for v in variant["retention"].values()))
     budgets = read("budgets")
     for name, at in budgets["retention"].items():
-        yield row(name, *(spread(at[K]["retention"]) if K in at else "–" for K in budgets["retention"]["image, top-K"]))
+        kept = {K: sum(cell["kept"]) / len(cell["kept"]) for K, cell in at.items()}
+        yield row(name, *(spread(at[K]["retention"]) + f" @ {kept[K]:.1f}" * (name.endswith("threshold")) if K in at else "–"
+                          for K in budgets["retention"]["image, top-K"]))
     for name, by_shapes in budgets["by_shapes"].items():
         yield row(name, *(f"{kept['mean']:.1f} ({kept['p10']}–{kept['p90']})" for kept in by_shapes.values()))
     for name, at in read("speed")["rows"].items():
