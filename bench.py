@@ -546,7 +546,7 @@ def ceiling(args):
              "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
     torch.manual_seed(0)
     pictures = [read_image(row["image"]) for row in rows]
-    mean_X, L = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * 50)))
+    mean_X, L = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * len(pictures[::5]))))
     choices = {"all": lambda X, inputs: None}
     for name, (asked, said) in texts.items():
         keeps = []

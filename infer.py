@@ -189,8 +189,8 @@ def seen_by_model(vlm, inputs):
 def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
 
-    choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the
-    question: an image that comes again within 16 batches is encoded and chosen from once.
+    choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the question: an image that comes
+    again within 16 batches is encoded and chosen from once.
     """
     with tqdm(total=len(rows), desc="questions", dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(rows), 16 * batch):

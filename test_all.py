@@ -494,6 +494,16 @@ def test_a_pooled_budget_is_one_soft_top_k_over_the_batch():
     assert train.pooled(scores, K, "image")[0] is scores
 
 
+def test_training_pools_the_budget(vlm, scene):
+    vlm, inputs = load(TINY), vlm.inputs([read_image(p) for p in EXAMPLES[:3]], [train.PROMPT] * 3, ["One shape."] * 3)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    X = vlm.encode(inputs)
+    graph = (vlm, Scorer(128), torch.nn.Identity(), whitening(X))
+    for budget, spread in (("image", False), ("batch", True)):
+        _, alpha = train.training_loss(*graph, inputs, 16, 0.5, recipe="papers", budget=budget)
+        assert abs(alpha.sum().item() - 48) < 1e-3 and ((alpha.sum(1) - 16).abs().max().item() > 1e-2) == spread
+
+
 def test_a_threshold_keeps_what_lies_above_it():
     torch.manual_seed(0)
     z = standardised(torch.randn(7, 40) ** 3)
@@ -542,6 +552,7 @@ def test_threshold_from_the_command_line(tmp_path, coco, capsys):
     assert (err := capsys.readouterr().err) and "Traceback" not in err
     settings = json.loads((out / "pruner.json").read_text())
     assert settings["settings"]["budget"] == "batch" and list(settings["thresholds"])[0] == "10"
+    assert settings["keep"] == "~20", "a pooled pruner is deployed by its threshold"
     ask = (EXAMPLES[0], "How many shapes are there?", "--pruner", out, "--device", "cpu", "--json")
     told = lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
     T = settings["thresholds"]["20"]["threshold"]
@@ -635,6 +646,33 @@ def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
     kept = table["by_shapes"]["image"]
     assert kept["one"] == table["by_shapes"]["batch"]["one"] and kept["one"]["p10"] <= kept["one"]["mean"] <= kept["one"]["p90"]
     assert "by number of shapes" in capsys.readouterr().out
+
+
+def test_accuracy_by_a_threshold_below_every_score_is_that_of_all_tokens():
+    rows = bench.read_questions(shapes.prepare() / "questions.jsonl")[:50]
+    table = bench.accuracy_table(load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")[0], rows, [1], T=-1e6)
+    assert table["scorer 1"] == table["all 144"] != table["random 1"]
+
+
+def test_ceiling_chooses_better_than_chance(monkeypatch):
+    """Ten pictures, ten steps: five questions share a choice, and it suits the answers better than a random one."""
+    monkeypatch.setattr(bench, "read_questions", lambda path, real=bench.read_questions: real(path)[:50])
+    kept = {}
+
+    def answer(vlm, rows, choices):
+        kept.update({name: choose(None, None) for name, choose in choices.items()})
+        inputs = vlm.inputs([read_image(row["image"]) for row in rows], [row["text"] for row in rows],
+                            [row["label"] for row in rows])
+        X, drawn = vlm.encode(inputs), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            chance = vlm.loss(inputs, X, select(torch.rand(50, 144, generator=drawn), 16))
+            assert vlm.loss(inputs, X, kept["answers"]) < 0.8 * chance
+        return {name: {"all": [True] * 50} for name in choices}
+    monkeypatch.setattr(bench, "right_or_wrong", answer)
+    bench.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
+    assert kept["all"] is None
+    for name in ("captions", "answers"):
+        assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
 
 
 def test_the_shipped_pruner_beats_random_and_uniform():

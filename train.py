@@ -229,7 +229,8 @@ def parse_arguments():
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
         f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
     add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the images "
-        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py (%(default)s)", choices=("image", "batch"), default="image")
+        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py (%(default)s)",
+        choices=("image", "batch"), default="image")
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
@@ -313,7 +314,7 @@ def main():
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
         old = {"budget": "image", "parts": 1, **state["settings"]}  # what a checkpoint from before they were has
-        free = FREE if "batch" == args.budget or "gumbel" == args.gate else FREE | {"parts"}
+        free = FREE if args.budget == "batch" or args.gate == "gumbel" else FREE | {"parts"}  # they depend on the parts
         for k in flags:
             if k not in free and old.get(k) != flags[k]:
                 name = "--accumulate times processes" if k == "parts" else f"--{k.replace('_', '-')}"
@@ -330,6 +331,7 @@ def main():
     for end in (0, 1):
         vlm.budget(drawn(args.keep, end))  # both ends of a range must be possible
     K, N = vlm.budget(drawn(args.keep, 0.5)), vlm.tokens  # what is deployed; where N varies: as it was given, and None
+    by_threshold = args.budget == "batch" and K != "all"  # how the pruner is deployed
     if N is None and args.denoiser == "global":
         raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
@@ -347,7 +349,7 @@ def main():
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
     say(f"{args.model}: {N or 'a varying number of'} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
-    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": f"~{K}" if args.budget == "batch" else K, "parameters": count, "settings": flags,
+    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": f"~{K}" if by_threshold else K, "parameters": count, "settings": flags,
              "versions": {"python": platform.python_version(), "torch": torch.__version__,
                           "transformers": transformers.__version__}}
     say(vlm.memory_plan(sum(p.numel() for p in learned), at_once, args.checkpointing))
@@ -496,7 +498,7 @@ def main():
     result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, "budget": args.budget, **best}
     if questions:
         vlm.model.eval()
-        T = about["thresholds"][str(K)]["threshold"] if args.budget == "batch" and K != "all" else None
+        T = about["thresholds"][str(K)]["threshold"] if by_threshold else None
         table = accuracy_table(vlm, scorer, questions, [K], T=T)
         full, ours = table[f"all {N or ''}".strip()], table[f"scorer {K}"]
         result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
