@@ -865,19 +865,29 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     assert files.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
 
 
+@pytest.mark.parametrize("budget", ["image", "batch"])
+def test_with_our_recipe_a_hard_alpha_is_deployment_and_with_the_papers_it_is_not(tmp_path, coco, budget):
+    """The training graph at tau -> 0, noise and all, against the path in use, which shares none of it."""
+    gap = {}
+    for recipe in ("ours", "papers"):
+        assert tiny(coco, tmp_path / recipe, "--recipe", recipe, "--budget", budget, "--steps", 2) == 0
+        gap[recipe] = [abs(row["hard_loss"] - row["deployed_loss"]) for row in log_of(tmp_path / recipe)]
+    assert max(gap["ours"]) < 2e-5 and min(gap["papers"]) > 1e-2
+
+
 def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
     losses, at = iter([9.0, 1.0, 2.0, 0.5, 3.0, 3.5]), []
     monkeypatch.setattr(train, "held_out_losses",
-                        lambda graph, *_: at.append(graph[1].head.weight.clone()) or (1.0, next(losses)))
+                        lambda graph, *_: at.append(graph[1].head.weight.clone()) or dict(full=0.1, soft=1.0, hard=1.5, deployed=next(losses)))
     assert tiny(coco, tmp_path, "--steps", 20, "--anneal", 0.2, "--eval-every", 2, "--patience", 2) == 0
     out, err = capsys.readouterr()
     assert "stopped before step 11" in err and json.loads(out.splitlines()[-1])["step"] == 6
     assert infer.load_pruner(tmp_path)[0].head.weight.equal(at[3]) and infer.load_pruner(tmp_path)[1]["best_step"] == 6
     log = log_of(tmp_path)
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 10] and [row["deployed_loss"] for row in log][-1] == 3.5
-    assert {"tau", "lr", "loss", "soft_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 1
+    assert {"tau", "lr", "loss", "full_loss", "soft_loss", "hard_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 1
     colors = {color for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(10 ** 6)}
-    assert {(255, 0, 0), (0, 0, 255)} <= colors
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
     annealing = [dict(step=s, deployed_loss=x) for s, x in ((0, 1), (1, 2))]
     assert train.best_of(annealing, settled=2)["step"] == 1, "a low loss does not count yet"
 

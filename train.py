@@ -148,24 +148,28 @@ def sum_over_processes(*tensors):
 
 @torch.no_grad()
 def held_out_losses(graph, batches, K, tau, args):
-    """Caption losses on held-out images: (soft, as in training; deployed: hard, no noise, no denoiser).
+    """Caption losses on held-out images, from all tokens to what is used in three steps: {full, soft, hard, deployed}.
 
-    Hard is the top K of each image; with --budget batch what lies above the one threshold that keeps K on average.
+    Full: nothing is pruned. Soft: as in training. Hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still there,
+    as repaired noise. Deployed: it is gone, without noise or denoiser. From soft to hard the channel's leak is lost, from
+    hard to deployed what the LLM did with the slots. The top K of each image are kept; with --budget batch, what lies
+    above one threshold.
     """
     vlm, scorer, *_ = graph
-    sums = torch.zeros(3, device=vlm.model.device)
+    names, sums = ("full", "soft", "hard", "deployed"), torch.zeros(5, device=vlm.model.device)
     for g, inputs, _ in batches:
         noisy = with_noise(graph, g, inputs, args.seed)
-        soft, _ = training_loss(*noisy, inputs, K, tau, args.gate, args.recipe, args.budget)
+        soft, hard = (training_loss(*noisy, inputs, K, t, args.gate, args.recipe, args.budget)[0] for t in (tau, 1e-9))
         X, valid = vlm.encode(inputs), inputs.get("valid")
         scores, counts = scorer(X, valid), vlm.budget(K, X, valid)
         if args.budget == "batch":
             z, (_, total) = standardised(scores, valid), pooled(scores, counts, args.budget)
             counts = count_above(z, threshold(z, int(total)))
         deployed = vlm.loss(inputs, X, select(scores, counts))
-        sums += torch.stack([soft, deployed, torch.ones_like(soft)]) * words_in(inputs)
+        full = vlm.loss(inputs, X)
+        sums += torch.stack([full, soft, hard, deployed, torch.ones_like(full)]) * words_in(inputs)
     sum_over_processes(sums)
-    return (sums[:2] / sums[2]).tolist()
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
 
 
 @torch.no_grad()
@@ -204,8 +208,9 @@ def best_of(curve, settled):
 
 
 def draw(curve, w=640, h=360):
-    """The held-out losses over the steps, soft in blue and deployed in red."""
-    image, series = Image.new("RGB", (w, h), "white"), {"soft_loss": "blue", "deployed_loss": "red"}
+    """The held-out losses over the steps, from all tokens to what is used."""
+    image, series = Image.new("RGB", (w, h), "white"), {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green",
+                                                        "deployed_loss": "red"}
     pen, last, top = ImageDraw.Draw(image), max(1, curve[-1]["step"]), max(e[name] for e in curve for name in series)
     at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
     pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
@@ -214,7 +219,7 @@ def draw(curve, w=640, h=360):
         pen.text((8, at(0, value)[1] - 6), f"{value:.2f}", fill="black")
     for i, (name, color) in enumerate(series.items()):
         pen.line([at(e["step"], e[name]) for e in curve], fill=color, width=2)
-        pen.text((60 + 150 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
+        pen.text((60 + 140 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
     return image
 
 
@@ -449,11 +454,11 @@ def main():
         last = step == args.steps - 1
         if step % args.eval_every == 0 or last:
             waiting = waited / (time.time() - mark)
-            soft, deployed = held_out_losses(graph, loader(held_out[RANK::WORLD]), K, tau, args)
-            if not math.isfinite(soft + deployed):
-                raise diverged(f"the losses on held-out captions are {soft} (soft) and {deployed} (deployed)")
-            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, "soft_loss": soft,
-                          "deployed_loss": deployed, "hardness": hardness, "seconds": seconds(), "waiting": waiting})
+            losses = held_out_losses(graph, loader(held_out[RANK::WORLD]), K, tau, args)
+            if not math.isfinite(sum(losses.values())):
+                raise diverged(f"the losses on held-out captions are {losses}")
+            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, **{f"{k}_loss": v for k, v in losses.items()},
+                          "hardness": hardness, "seconds": seconds(), "waiting": waiting})
             best = best_of(curve, settled)
             if RANK == 0:
                 if best is curve[-1]:
