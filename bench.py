@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -336,7 +337,13 @@ def speed(args):
 
 VARIANTS = {  # train.py's flags: each differs from the first row of its group in one thing
     "ours": [],
+    "ours, per batch": ["--budget", "batch"],
+    "ours, K = 16 only": ["--keep", "16"],
+    "ours, raw tokens": ["--no-whiten"],
+    "ours, raw scores": ["--no-standardise"],
+    "ours, no presence": ["--no-presence"],
     "ours, with denoiser": ["--denoiser", "diagonal"],
+    "ours, tau 2 to 0.1": ["--tau-start", "2", "--tau-end", "0.1", "--anneal", "0.5"],
     "ours, scale gate": ["--gate", "scale"],
     "ours, Gumbel": ["--gate", "gumbel"],
     "papers": ["--recipe", "papers"],
@@ -346,6 +353,7 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
     "papers, Gumbel": ["--recipe", "papers", "--gate", "gumbel"],
     "papers, global denoiser": ["--recipe", "papers", "--denoiser", "global"],
 }
+LOSSES = ("soft_loss", "hard_loss", "deployed_loss")  # on held-out captions: train.held_out_losses
 
 
 def train_variants(args, variants):
@@ -355,7 +363,7 @@ def train_variants(args, variants):
     """
     from train import SHAPES  # here, since train.py imports this file
     steps = args.steps or SHAPES["steps"]
-    folders = {(variant, seed): args.runs / f"{variant.replace(',', '').replace(' ', '-')}-{seed}"
+    folders = {(variant, seed): args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant)}-{seed}"
                for variant in variants for seed in range(args.seeds)}
 
     def train(job):
@@ -395,12 +403,13 @@ def ablations(args):
     for variant in dict.fromkeys(variant for variant, _ in folders):
         ends = [load_pruner(folders[variant, seed])[1]["curve"][-1] for seed in seeds]
         at = {K: [answered[variant, seed, K] for seed in seeds] for K in budgets}
-        table[variant] = {"hardness": mean(end["hardness"] for end in ends), "steps": ends[0]["step"] + 1,
+        table[variant] = {**{k: mean(end[k] for end in ends) for k in ("hardness", *LOSSES)}, "steps": ends[0]["step"] + 1,
                           "retention": {K: [retention(by, full) for by in runs] for K, runs in at.items()},
                           "by_category": {K: {c: mean(by[c] for by in runs) for c in full} for K, runs in at.items()}}
-    show("retention after training, mean of the seeds (lowest to highest)",
-         ["variant", "hardness", *(f"K = {K}" for K in budgets)],
-         ([name, f"{row['hardness']:.2f}", *map(spread, row["retention"].values())] for name, row in table.items()))
+    show(f"after training, mean of the seeds (lowest to highest); held-out loss with all tokens {ends[0]['full_loss']:.3f}",
+         ["variant", "hardness", *LOSSES, *(f"K = {K}" for K in budgets)],
+         ([name, f"{row['hardness']:.2f}", *(f"{row[k]:.3f}" for k in LOSSES), *map(spread, row["retention"].values())]
+          for name, row in table.items()))
     return table
 
 
@@ -410,8 +419,8 @@ def budgets(args):
     """What do one pruner for every budget, and counts that differ from picture to picture, gain at equal mean counts?"""
     rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
     ladder, seeds = ("8", "12", "16", "24", "32", "48"), range(args.seeds)  # train.calibrate's, for K = 16
-    variants = {"image": (ladder, ["--keep", "8:32"]), "batch": (ladder, ["--keep", "8:32", "--budget", "batch"]),
-                **{f"only {K}": ([K], ["--keep", K]) for K in ("8", "16", "32", "48")}}
+    variants = {"image": (ladder, ["--keep", "8:32", "--budget", "image"]), "batch": (ladder, ["--keep", "8:32", "--budget", "batch"]),
+                **{f"only {K}": ([K], ["--keep", K, "--budget", "image"]) for K in ("8", "16", "32", "48")}}
     folders = train_variants(args, {name: flags for name, (_, flags) in variants.items()})
     choices, counts = {"all": lambda X, inputs: None}, {}
 
@@ -483,7 +492,7 @@ def probes(args):
         flat = lambda ts: torch.cat([t.flatten() for t in ts])
 
         def loss_at(i, tau):
-            return training_loss(vlm, scorer, denoiser, statistics_, inputs_of(i), K, tau, gate, "papers")[0]
+            return training_loss(vlm, scorer, denoiser, statistics_, inputs_of(i), K, tau, gate)[0]
 
         def coherence(tau, n=8):
             g = torch.stack([flat(torch.autograd.grad(loss_at(-1 - i, tau), scorer.parameters())) for i in range(n)])
@@ -557,7 +566,7 @@ def ceiling(args):
             for step in range(steps):
                 tau = tau_at("ours", step / (recipe["anneal"] * steps), recipe["tau_start"], recipe["tau_end"])
                 loss, _ = training_loss(vlm, lambda X, valid: scores.repeat_interleave(5, 0), torch.nn.Identity(),
-                                        (mean_X, L), inputs, K, tau, recipe="ours")
+                                        (mean_X, L), inputs, K, tau, standardise=True, presence=True)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

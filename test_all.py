@@ -353,6 +353,10 @@ def test_scorer_gradient_is_finite_differences_through_everything(vlm, presence)
     assert all(p.grad is None and not p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
 
 
+def parts_of(recipe):
+    return {name: train.RECIPES[recipe][name] for name in ("standardise", "presence")}
+
+
 @pytest.mark.parametrize("gate", ["vp", "scale", "gumbel"])
 @pytest.mark.parametrize("recipe", ["ours", "papers"])
 def test_every_gate_and_recipe_sends_a_gradient_to_the_scorer(vlm, gate, recipe):
@@ -360,7 +364,7 @@ def test_every_gate_and_recipe_sends_a_gradient_to_the_scorer(vlm, gate, recipe)
     scorer, denoiser = Scorer(vlm.width), Denoiser(vlm.width)
     inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, ["Two shapes: a red", "One"])
     statistics = whitening(vlm.encode(inputs))
-    loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, gate, recipe)
+    loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, gate, **parts_of(recipe))
     loss.backward()
     torch.testing.assert_close(alpha.detach().sum(1), torch.full((2,), 16.0))
     assert (gate == "gumbel") == bool(((alpha - alpha.round()).abs() < 1e-5).all()), "only Gumbel's choice is hard"
@@ -387,7 +391,7 @@ def test_a_step_costs_twice_the_forward(recipe):
         return counter.get_total_flops()
 
     def step():
-        train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, recipe=recipe)[0].backward()
+        train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, **parts_of(recipe))[0].backward()
 
     with torch.no_grad():
         encoder, forward = flops(lambda: vlm.encode(inputs)), flops(lambda: vlm.loss(inputs, X))
@@ -500,7 +504,7 @@ def test_training_pools_the_budget(vlm, scene):
     X = vlm.encode(inputs)
     graph = (vlm, Scorer(128), torch.nn.Identity(), whitening(X))
     for budget, spread in (("image", False), ("batch", True)):
-        _, alpha = train.training_loss(*graph, inputs, 16, 0.5, recipe="papers", budget=budget)
+        _, alpha = train.training_loss(*graph, inputs, 16, 0.5, budget=budget)
         assert abs(alpha.sum().item() - 48) < 1e-3 and ((alpha.sum(1) - 16).abs().max().item() > 1e-2) == spread
 
 
@@ -1375,7 +1379,7 @@ def test_backbone_sends_gradients_to_the_scorer(backbone):
     scorer, denoiser, statistics = Scorer(vlm.width), Denoiser(vlm.width), whitening(X)
     for recipe in ("ours", "papers"):
         scorer.zero_grad()
-        loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, "30%", 0.5, recipe=recipe)
+        loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, "30%", 0.5, **parts_of(recipe))
         loss.backward()
         K = torch.as_tensor(vlm.budget("30%", X, inputs.get("valid"))).expand(len(X))
         torch.testing.assert_close(alpha.detach().sum(1), K.float())

@@ -47,8 +47,10 @@ PROMPT = "Describe the image."
 # defaults for a real model, and for a tiny one on two CPU cores
 PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, lr=2e-4, recipe="papers")
 SHAPES = dict(model="data/shapes/llava", keep="16", steps=400, batch=48, lr=2e-3, recipe="ours")
-RECIPES = {"papers": dict(denoiser="diagonal", tau_start=2.0, tau_end=0.1, anneal=0.5),
-           "ours": dict(denoiser="none", tau_start=1.0, tau_end=0.02, anneal=0.8)}
+RECIPES = {"papers": dict(whiten=False, standardise=False, presence=False, denoiser="diagonal", budget="image",
+                          tau_start=2.0, tau_end=0.1, anneal=0.5),
+           "ours": dict(whiten=True, standardise=True, presence=True, denoiser="none", budget="image",
+                        tau_start=1.0, tau_end=0.02, anneal=0.8)}
 FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}  # on --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -95,25 +97,31 @@ def pooled(values, K, budget):
     return values.reshape(1, -1), K.sum() if torch.is_tensor(K) else K * len(values)
 
 
-def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", recipe="papers", budget="image"):
+def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", standardise=False, presence=False,
+                  budget="image"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    recipe "ours" differs here in two lines (beside Scorer.whiten and RECIPES), so that training is deployment:
-    tau counts in standard deviations of an image's scores, or the scorer undoes the annealing by shrinking them;
-    alpha also weighs each token in the LLM's attention, since a dropped token is not noise there, but absent.
+    Two additions of ours, so that training is deployment. standardise: tau counts in standard deviations of an image's
+    scores, or the scorer undoes the annealing by shrinking them. presence: alpha also weighs each token in the LLM's
+    attention, since in use a dropped token is not noise there, but absent.
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), (B, N) or None
     K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
         scores = scorer(X, valid)  # (B, N)
-        if recipe == "ours" or budget == "batch":  # images that share a budget need a common scale
+        if standardise or budget == "batch":  # images that share a budget need a common scale
             scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
         rows, k = pooled(scores, K, budget)
         alpha = top_k(rows, k, tau).view_as(scores)  # (B, N), each row sums to K, or all to B·K
         X_tilde = vp_gate(X, alpha, *statistics) if gate == "vp" else scale_gate(X, alpha)
         X_bar = denoiser(X_tilde)  # (B, N, d_v)
-        return vlm.loss(inputs, X_bar, alpha=alpha if recipe == "ours" else None), alpha
+        return vlm.loss(inputs, X_bar, alpha=alpha if presence else None), alpha
+
+
+def graph_flags(args):
+    """training_loss's last arguments."""
+    return args.gate, args.standardise, args.presence, args.budget
 
 
 def tau_at(recipe, t, start, end):
@@ -159,7 +167,7 @@ def held_out_losses(graph, batches, K, tau, args):
     names, sums = ("full", "soft", "hard", "deployed"), torch.zeros(5, device=vlm.model.device)
     for g, inputs, _ in batches:
         noisy = with_noise(graph, g, inputs, args.seed)
-        soft, hard = (training_loss(*noisy, inputs, K, t, args.gate, args.recipe, args.budget)[0] for t in (tau, 1e-9))
+        soft, hard = (training_loss(*noisy, inputs, K, t, *graph_flags(args))[0] for t in (tau, 1e-9))
         X, valid = vlm.encode(inputs), inputs.get("valid")
         scores, counts = scorer(X, valid), vlm.budget(K, X, valid)
         if args.budget == "batch":
@@ -227,6 +235,7 @@ def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
     both = lambda name: f"{PAPER[name]}; without --data {SHAPES[name]}"
+    recipe = lambda name: ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
     add("--data", "COCO captions file (default: the embedded one, drawn if missing)", metavar="JSON")
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
@@ -234,20 +243,22 @@ def parse_arguments():
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
         f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
     add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the images "
-        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py (%(default)s)",
-        choices=("image", "batch"), default="image")
+        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py "
+        f"({recipe('budget')})", choices=("image", "batch"))
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
     add("--accumulate", "split a GPU's share in this many parts, to fit its memory (%(default)s)", type=int, default=1)
     add("--checkpointing", "recompute activations in the backward pass: slower, far less memory", action="store_true")
     add("--lr", f"AdamW's learning rate, decayed by a cosine ({both('lr')})", type=float)
-    recipe = lambda name: ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
     add("--tau-start", f"tau falls from this ({recipe('tau_start')})", type=float, metavar="TAU")
     add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
-    add("--recipe", "papers: the noise gate and a denoiser; ours: the scorer reads whitened tokens, scores are "
-        f"standardised, log alpha is added in the LLM's attention, and --keep, if not given, is spread to half and double "
-        f"({both('recipe')})", choices=RECIPES)
+    add("--recipe", "papers or ours: what the flags that say so default to, and the shape of tau's fall; with ours --keep, if "
+        f"not given, is spread to half and double ({both('recipe')})", choices=RECIPES)
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("--whiten", f"the scorer reads whitened tokens ({recipe('whiten')})", **switch)
+    add("--standardise", f"tau counts in standard deviations of an image's scores ({recipe('standardise')})", **switch)
+    add("--presence", f"log alpha is added in the LLM's attention ({recipe('presence')})", **switch)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
         "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
@@ -318,7 +329,7 @@ def main():
     there = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
-        old = {"budget": "image", "parts": 1, **state["settings"]}  # what a checkpoint from before they were has
+        old = {**RECIPES.get(state["settings"].get("recipe"), {}), "budget": "image", "parts": 1, **state["settings"]}  # what a checkpoint from before they were has
         free = FREE if args.budget == "batch" or args.gate == "gumbel" else FREE | {"parts"}  # they depend on the parts
         for k in flags:
             if k not in free and old.get(k) != flags[k]:
@@ -377,7 +388,7 @@ def main():
         first = range(min(1024, len(data.training)))
         batches = [first[i:i + 32] for i in first[::32]]
         mean_X, L = feature_statistics(vlm, loader(batches), args.seed)
-        if args.recipe == "ours":
+        if args.whiten:
             scorer.whiten(mean_X, L)
         statistics = [mean_X, noise_factor(L, args.noise)]
     for t in (*pruner.state_dict().values(), *statistics) if WORLD > 1 else ():
@@ -431,7 +442,7 @@ def main():
             g, inputs, unreadable = next(samples)
             waited += time.time()
             noisy = with_noise(graph, g, inputs, args.seed)
-            loss, alpha = training_loss(*noisy, inputs, K_now, tau, args.gate, args.recipe, args.budget)
+            loss, alpha = training_loss(*noisy, inputs, K_now, tau, *graph_flags(args))
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             shares, k = pooled(alpha.detach(), vlm.budget(K_now, alpha, inputs.get("valid")), args.budget)

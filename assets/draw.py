@@ -272,13 +272,14 @@ def tables():
     read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
+    three_losses = lambda end: " / ".join(f"{end[k + '_loss']:.2f}" for k in ("soft", "hard", "deployed"))
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
     for run in runs:
         whole, K = run["by_category"]["all 144"], run["keep"]
         name = f"scorer {K}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
         name += ", batch" * (run.get("budget") == "batch")
         yield row(name, *per_cent(run["by_category"][f"scorer {K}"], whole), f"{run['hardness']:.2f}",
-                  f"{run['soft_loss']:.2f} / {run['deployed_loss']:.2f}")
+                  three_losses(run))
     whole, *_ = read("accuracy").values()
     for name, by_category in read("accuracy").items():
         yield row(name, *per_cent(by_category, whole))
@@ -287,7 +288,7 @@ def tables():
         yield row(name, *per_cent(by_category, whole))
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
-        yield row(name, f"{variant['hardness']:.2f}", *(spread(v) for v in variant["retention"].values()))
+        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *(spread(v) for v in variant["retention"].values()))
     budgets = read("budgets")
     for name, at in budgets["retention"].items():
         kept = {K: sum(cell["kept"]) / len(cell["kept"]) for K, cell in at.items()}
