@@ -337,7 +337,7 @@ def speed(args):
 
 VARIANTS = {  # train.py's flags: each differs from the first row of its group in one thing
     "ours": [],
-    "ours, per batch": ["--budget", "batch"],
+    "ours, per image": ["--budget", "image"],
     "ours, K = 16 only": ["--keep", "16"],
     "ours, raw tokens": ["--no-whiten"],
     "ours, raw scores": ["--no-standardise"],

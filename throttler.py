@@ -230,7 +230,7 @@ def standardised(scores, valid=None):
 def threshold(z, total):
     """The T that exactly `total` of the standardised scores z lie above: midway between the total-th highest and the next.
     """
-    high = z[z > -torch.inf].sort(descending=True).values  # padding aside
+    high = z[z != -torch.inf].sort(descending=True).values  # padding aside
     below = high[total] if total < len(high) else high[-1] - 1
     return ((high[total - 1] + below) / 2).item()
 

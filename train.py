@@ -49,7 +49,7 @@ PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, 
 SHAPES = dict(model="data/shapes/llava", keep="16", steps=400, batch=48, lr=2e-3, recipe="ours")
 RECIPES = {"papers": dict(whiten=False, standardise=False, presence=False, denoiser="diagonal", budget="image",
                           tau_start=2.0, tau_end=0.1, anneal=0.5),
-           "ours": dict(whiten=True, standardise=True, presence=True, denoiser="none", budget="image",
+           "ours": dict(whiten=True, standardise=True, presence=True, denoiser="none", budget="batch",
                         tau_start=1.0, tau_end=0.02, anneal=0.8)}
 FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}  # on --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
