@@ -664,18 +664,21 @@ def test_ceiling_chooses_better_than_chance(monkeypatch):
     kept = {}
 
     def answer(vlm, rows, choices):
-        kept.update({name: choose(None, None) for name, choose in choices.items()})
-        inputs = vlm.inputs([read_image(row["image"]) for row in rows], [row["text"] for row in rows],
-                            [row["label"] for row in rows])
-        X, drawn = vlm.encode(inputs), torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            chance = vlm.loss(inputs, X, select(torch.rand(50, 144, generator=drawn), 16))
-            assert vlm.loss(inputs, X, kept["answers"]) < 0.8 * chance
+        if "captions" in choices:
+            inputs = vlm.inputs([read_image(row["image"]) for row in rows], [row["text"] for row in rows],
+                                [row["label"] for row in rows])
+            X, drawn = vlm.encode(inputs), torch.Generator().manual_seed(0)
+            kept.update({name: choose(X, inputs) for name, choose in choices.items()})
+            with torch.no_grad():
+                chance = vlm.loss(inputs, X, select(torch.rand(50, 144, generator=drawn), 16))
+                assert vlm.loss(inputs, X, kept["answers"]) < 0.8 * chance
+        else:  # the pruner on what it was trained on
+            assert len(rows) == 1500 and {row["image"].parent.name for row in rows} == {"train"}
         return {name: {"all": [True] * 50} for name in choices}
     monkeypatch.setattr(bench, "right_or_wrong", answer)
     bench.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
     assert kept["all"] is None
-    for name in ("captions", "answers"):
+    for name in ("captions", "answers", "scorer"):
         assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
 
 
@@ -748,7 +751,7 @@ def test_train_then_infer(tmp_path, coco, capsys, monkeypatch):
 def tiny(coco, out, *argv):
     """A run of six steps on the example scenes; the exit code."""
     return run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--keep", "10:40", "--steps", 6,
-               "--batch", 4, "--recipe", "ours", "--eval-every", 2, "--save-every", 1, "--device", "cpu", "--out", out,
+               "--batch", 4, "--recipe", "ours", "--budget", "image", "--eval-every", 2, "--save-every", 1, "--device", "cpu", "--out", out,
                *argv)
 
 
@@ -1397,7 +1400,7 @@ def test_backbone_from_the_command_line(folder, tmp_path, capsys):
     common = ("--device", "cpu", "--dtype", "float32")
     out = tmp_path / "out"
     training = ("--data", tmp_path / "coco.json", "--model", folder, "--steps", 2, "--batch", 3, "--recipe", "ours")
-    assert run(train.main, *training, "--keep", "25%", "--out", out, *common) == 0
+    assert run(train.main, *training, "--budget", "image", "--keep", "25%", "--out", out, *common) == 0
     assert json.loads((out / "pruner.json").read_text())["curve"][-1]["step"] == 1
     capsys.readouterr()
     question = (tmp_path / "1.png", "How many?", "--pruner", out, "--json", "--max-new-tokens", 5, *common)

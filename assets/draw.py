@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -19,9 +20,9 @@ sys.path.insert(0, str(HERE.parent))
 from bench import retention  # noqa: E402
 from data.shapes.prepare import draw_scene  # noqa: E402
 from denoiser import Denoiser  # noqa: E402
-from infer import dimmed, load_pruner, seen_by_model  # noqa: E402
+from infer import chooser, dimmed, load_pruner, seen_by_model  # noqa: E402
 from model import load, read_image  # noqa: E402
-from throttler import select, soft_top_k, vp_gate, whitening  # noqa: E402
+from throttler import soft_top_k, vp_gate, whitening  # noqa: E402
 
 SHAPES = HERE.parent / "data/shapes"
 EXAMPLES = sorted((SHAPES / "examples").glob("*.jpg"))
@@ -107,31 +108,29 @@ def box(draw, x, y, text, fill="white", width=236, height=100):
 
 # --- the pictures ---------------------------------------------------------------------------------------------------
 
-def shipped(image):
-    """(vlm, inputs, X, scores, K) of the tiny LLaVA and the pruner that ships, for one scene."""
+def shipped(image, question="?"):
+    """(vlm, inputs, X, keep) of the tiny LLaVA and the pruner that ships, for one scene."""
     vlm, (scorer, settings) = load(SHAPES / "llava"), load_pruner(SHAPES / "pruner")
-    inputs = vlm.inputs([read_image(image)], ["?"])
+    choose, _ = chooser(SimpleNamespace(keep=None, threshold=None, pruner=SHAPES / "pruner"), settings, scorer, vlm)
+    inputs = vlm.inputs([read_image(image)], [question])
     X = vlm.encode(inputs)
-    return vlm, inputs, X, scorer(X), settings["keep"]
+    return vlm, inputs, X, choose(X, inputs)
 
 
 def kept():
     """Six scenes: the picture, the tokens that are kept, a question, and the answers with all and with few tokens."""
-    vlm, (scorer, settings) = load(SHAPES / "llava"), load_pruner(SHAPES / "pruner")
-    side, K = 192, settings["keep"]
+    side = 192
     sheet = Image.new("RGB", (3 * (2 * side + 34), 2 * (side + 66)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (path, question) in enumerate(zip(EXAMPLES, ASKED)):
-        inputs = vlm.inputs([read_image(path)], [question])
-        X = vlm.encode(inputs)
-        keep = select(scorer(X), K)
+        vlm, inputs, X, keep = shipped(path, question)
         image = seen_by_model(vlm, inputs)
         x, y = 12 + i % 3 * (2 * side + 34), 10 + i // 3 * (side + 66)
         sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         sheet.paste(dimmed(image, keep[0], vlm.tokens, side), (x + side + 8, y))
         draw.text((x, y + side + 6), question, "black", font(17))
         draw.text((x, y + side + 28), f"all {vlm.tokens}: {vlm.generate(inputs, X)[0]}", "gray", font(17))
-        pruned = f"these {K}: {vlm.generate(inputs, X, keep)[0]}"
+        pruned = f"these {keep.shape[1]}: {vlm.generate(inputs, X, keep)[0]}"
         draw.text((x + side + 8, y + side + 28), pruned, (190, 30, 30), font(17))
     sheet.save(HERE / "kept.png", optimize=True)
 
@@ -196,8 +195,8 @@ def attention():
 
 def graphs():
     """Training above inference, the same parts in the same columns, so that what is gone is seen."""
-    vlm, inputs, X, scores, K = shipped(EXAMPLES[0])
-    scene, few = seen_by_model(vlm, inputs), dimmed(seen_by_model(vlm, inputs), select(scores, K)[0], vlm.tokens)
+    vlm, inputs, X, keep = shipped(EXAMPLES[0])
+    scene, few = seen_by_model(vlm, inputs), dimmed(seen_by_model(vlm, inputs), keep[0], vlm.tokens)
     learned, frozen = (250, 221, 190), (226, 232, 240)
     image, draw = canvas(2480, 1240)
     columns = [150 + 310 * i for i in range(8)]  # scene, encoder, scorer, top-K, gate, denoiser, projector, LLM
