@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench import retention  # noqa: E402
+from bench import LOSSES, retention  # noqa: E402
 from data.shapes.prepare import draw_scene  # noqa: E402
 from denoiser import Denoiser  # noqa: E402
 from infer import chooser, dimmed, load_pruner, seen_by_model  # noqa: E402
@@ -271,12 +271,12 @@ def tables():
     read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
-    three_losses = lambda end: " / ".join(f"{end[k + '_loss']:.2f}" for k in ("soft", "hard", "deployed"))
+    three_losses = lambda end: " / ".join(f"{end[k]:.2f}" if k in end else "–" for k in LOSSES)
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
     for run in runs:
         whole, K = run["by_category"]["all 144"], run["keep"]
         name = f"scorer {K}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
-        name += ", batch" * (run.get("budget") == "batch")
+        name += ", image" * (run["recipe"] == "ours" and run["budget"] == "image")
         yield row(name, *per_cent(run["by_category"][f"scorer {K}"], whole), f"{run['hardness']:.2f}",
                   three_losses(run))
     whole, *_ = read("accuracy").values()
