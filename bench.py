@@ -150,6 +150,15 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def percentile(values, p):
+    return sorted(values)[round(p / 100 * (len(values) - 1))]
+
+
+def spread_of(counts):
+    """How many tokens are kept, over images."""
+    return {"mean": mean(counts), "p10": percentile(counts, 10), "p90": percentile(counts, 90)}
+
+
 def accuracies(right):
     """{name: {category: accuracy}} of what right_or_wrong gives."""
     return {name: {c: mean(r) for c, r in by.items()} for name, by in right.items()}
@@ -311,9 +320,8 @@ def speed(args):
     for row in result.values():
         runs = row.pop("runs")
         for stage in columns:
-            t = sorted(run[stage] for run in runs)
-            low, high = (t[round(share * (len(t) - 1))] for share in (0.1, 0.9))
-            row[stage] = {"median": statistics.median(t), "p10": low, "p90": high}
+            t = [run[stage] for run in runs]
+            row[stage] = {"median": statistics.median(t), "p10": percentile(t, 10), "p90": percentile(t, 90)}
     for name, row in result.items():
         base = result[f"all {N}" + "".join(name.partition(",")[1:])]
         row["ratio"] = {stage: base[stage]["median"] / row[stage]["median"] for stage in ("prefill", "first", "decode")}
@@ -457,9 +465,7 @@ def budgets(args):
     for variant in ("image", "batch"):
         kept = [(shapes[row["image"]], k) for seed in seeds
                 for row, k in zip(rows, counts[variant, "threshold", seed, "16"])]
-        by_shapes[variant] = {n: sorted(k for m, k in kept if m == n) for n in ("one", "two", "three")}
-        by_shapes[variant] = {n: {"mean": mean(k), "p10": k[len(k) // 10], "p90": k[9 * len(k) // 10]}
-                              for n, k in by_shapes[variant].items()}
+        by_shapes[variant] = {n: spread_of([k for m, k in kept if m == n]) for n in ("one", "two", "three")}
     show("tokens kept by the threshold ~16, by number of shapes: mean [p10–p90]", ["trained", *by_shapes["image"]],
          ([name, *("{mean:.1f} [{p10}–{p90}]".format(**k) for k in by.values())] for name, by in by_shapes.items()))
     return {"retention": table, "by_shapes": by_shapes, "steps": args.steps}

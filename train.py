@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from bench import accuracy_table, mean, retention
+from bench import accuracy_table, mean, retention, spread_of
 from data.coco import Captions, check_fit, generator, load_batches, read_coco
 from data.files import portable, read_checkpoint, rounded, write
 from data.questions import read_questions
@@ -203,9 +203,7 @@ def calibrate(vlm, scorer, batches, K):
     result = {}
     for b, total in totals.items():
         T = threshold(z, total)
-        counts = count_above(z, T).sort().values.tolist()
-        low, high = (counts[round(q * (len(counts) - 1))] for q in (0.1, 0.9))
-        result[b] = {"threshold": T, "mean": mean(counts), "p10": low, "p90": high}
+        result[b] = {"threshold": T, **spread_of(count_above(z, T).tolist())}
     return result
 
 
