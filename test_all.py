@@ -873,13 +873,25 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("budget", ["image", "batch"])
-def test_with_our_recipe_a_hard_alpha_is_deployment_and_with_the_papers_it_is_not(tmp_path, coco, budget):
+def test_with_our_recipe_a_hard_alpha_is_deployment_and_without_presence_it_is_not(tmp_path, coco, budget):
     """The training graph at tau -> 0, noise and all, against the path in use, which shares none of it."""
     gap = {}
-    for recipe in ("ours", "papers"):
-        assert tiny(coco, tmp_path / recipe, "--recipe", recipe, "--budget", budget, "--steps", 2) == 0
-        gap[recipe] = [abs(row["hard_loss"] - row["deployed_loss"]) for row in log_of(tmp_path / recipe)]
-    assert max(gap["ours"]) < 2e-5 and min(gap["papers"]) > 1e-2
+    for name, flags in (("ours", []), ("absent", ["--no-presence"]), ("papers", ["--recipe", "papers"])):
+        assert tiny(coco, tmp_path / name, *flags, "--budget", budget, "--steps", 2) == 0
+        gap[name] = [abs(row["hard_loss"] - row["deployed_loss"]) for row in log_of(tmp_path / name)]
+    assert max(gap["ours"]) < 2e-5 and min(gap["absent"]) > 1e-2 and min(gap["papers"]) > 1e-2
+
+
+def test_each_part_of_our_recipe_can_be_left_out(tmp_path, coco):
+    mapped = lambda out: load_file(out / "scorer.safetensors")["map"]
+    for part in ("whiten", "standardise", "presence"):
+        assert tiny(coco, tmp_path / part, f"--no-{part}", "--steps", 1) == 0
+        settings = json.loads((tmp_path / part / "pruner.json").read_text())["settings"]
+        assert {p: settings[p] for p in ("whiten", "standardise", "presence")} == {
+            p: p != part for p in ("whiten", "standardise", "presence")}
+        assert mapped(tmp_path / part).equal(torch.eye(128)) == (part == "whiten")
+    losses = {log_of(tmp_path / part)[0]["soft_loss"] for part in ("whiten", "standardise", "presence")}
+    assert len(losses) == 3, "each changes what is trained"
 
 
 def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
