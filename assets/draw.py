@@ -267,7 +267,7 @@ def speed():
 # --- the README's tables ----------------------------------------------------------------------------------------------
 
 def tables():
-    """Every row of the README's tables of measurements, in Markdown, from the JSON that train.py and bench.py saved."""
+    """Every row of the README's tables of measurements, in order and in Markdown, from the JSON that train.py and bench.py saved."""
     read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
@@ -295,16 +295,17 @@ def tables():
                           for K in budgets["retention"]["image, top-K"]))
     for name, by_shapes in budgets["by_shapes"].items():
         yield row(name, *(f"{kept['mean']:.1f} ({kept['p10']}–{kept['p90']})" for kept in by_shapes.values()))
-    for name, at in read("speed")["rows"].items():
-        yield row(name, f"{at['tflops']:.2f}", *(f"{at[s]['median']:,.0f}" for s in
-                  ("encode", "select", "project", "prefill", "first", "decode")), f"{at['cache_bytes'] / 1e6:.0f}",
-                  f"{at['ratio']['prefill']:.2f}×", f"{at['ratio']['first']:.2f}×")
     probes = read("probes")
     for name in probes["vp"]:
         vp, gumbel = (sum(probes[gate][name]) / len(probes[gate][name]) for gate in ("vp", "gumbel"))
         yield row(name.replace("_", " "), f"{vp:.4f}", f"{gumbel:.4f}", f"{vp / gumbel:.2f}")
     for line in probes["noise_like_dropping"]:
         yield row(f"{line['share']:.0%}", f"{line['noise']:.1f}", f"{line['dropped']:.1f}")
+    for name, at in read("speed")["rows"].items():
+        yield row(name, f"{at['tflops']:.2f}", *(f"{at[s]['median']:,.0f}" for s in
+                  ("encode", "select", "project", "prefill", "first", "decode")), f"{at['cache_bytes'] / 1e6:.0f}",
+                  f"{at['ratio']['prefill']:.2f}×", f"{at['ratio']['first']:.2f}×")
+
 
 
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_, "gate": gate, "attention": attention, "graphs": graphs,
