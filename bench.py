@@ -348,7 +348,7 @@ VARIANTS = {  # train.py's flags: each differs from the first row of its group i
     "ours, per image": ["--budget", "image"],
     "ours, K = 16 only": ["--keep", "16"],
     "ours, raw tokens": ["--no-whiten"],
-    "ours, raw scores": ["--no-standardise"],
+    "ours, per image, raw scores": ["--budget", "image", "--no-standardise"],
     "ours, no presence": ["--no-presence"],
     "ours, with denoiser": ["--denoiser", "diagonal"],
     "ours, tau 2 to 0.1": ["--tau-start", "2", "--tau-end", "0.1", "--anneal", "0.5"],

@@ -592,6 +592,7 @@ def test_threshold_from_the_command_line(tmp_path, coco, capsys):
     assert tiny(coco, out, "--budget", "batch", "--accumulate", 2, "--resume") == 2
     assert "--accumulate times processes 2" in capsys.readouterr().err
     assert tiny(coco, tmp_path / "one", "--budget", "batch", "--accumulate", 4) == 2 and "raise --batch" in capsys.readouterr().err
+    assert tiny(coco, tmp_path / "one", "--budget", "batch", "--no-standardise") == 2 and "common scale" in capsys.readouterr().err
 
 
 def test_uniform_grid_and_random_keep_exactly_k():

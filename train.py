@@ -109,7 +109,7 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
     K = vlm.budget(K, X, valid)
     with torch.autocast(vlm.model.device.type, vlm.model.dtype, enabled=vlm.model.dtype.itemsize == 2):
         scores = scorer(X, valid)  # (B, N)
-        if standardise or budget == "batch":  # images that share a budget need a common scale
+        if standardise:
             scores = standardised(scores, valid)
         top_k = gumbel_top_k if gate == "gumbel" else soft_top_k
         rows, k = pooled(scores, K, budget)
@@ -255,7 +255,7 @@ def parse_arguments():
         f"not given, is spread to half and double ({both('recipe')})", choices=RECIPES)
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--whiten", f"the scorer reads whitened tokens ({recipe('whiten')})", **switch)
-    add("--standardise", f"tau counts in standard deviations of an image's scores ({recipe('standardise')})", **switch)
+    add("--standardise", f"tau counts in standard deviations of an image's scores ({recipe('standardise')}; always with --budget batch)", **switch)
     add("--presence", f"log alpha is added in the LLM's attention ({recipe('presence')})", **switch)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
@@ -278,6 +278,10 @@ def parse_arguments():
         K = int((PAPER if args.data else SHAPES)["keep"])
         args.keep = f"{K // 2}:{2 * K}"
     fill(PAPER if args.data else SHAPES)
+    if (args.budget or RECIPES[args.recipe]["budget"]) == "batch":
+        if args.standardise is False:
+            raise InputError("--no-standardise: images that share a budget need a common scale; give --budget image, too")
+        args.standardise = True
     fill(RECIPES[args.recipe])
     if args.eval_every is None:
         args.eval_every = max(1, args.steps // 12)
