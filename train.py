@@ -217,14 +217,14 @@ def draw(curve, w=640, h=360):
     """The held-out losses over the steps, from all tokens to what is used."""
     image, series = Image.new("RGB", (w, h), "white"), {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green",
                                                         "deployed_loss": "red"}
-    pen, last, top = ImageDraw.Draw(image), max(1, curve[-1]["step"]), max(e[name] for e in curve for name in series)
+    pen, last, top = ImageDraw.Draw(image), max(1, curve[-1]["step"]), max(e.get(name, 0) for e in curve for name in series)
     at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
     pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
     pen.text((w - 90, h - 22), f"step {last}", fill="black")
     for value in (0, top / 2, top):
         pen.text((8, at(0, value)[1] - 6), f"{value:.2f}", fill="black")
     for i, (name, color) in enumerate(series.items()):
-        pen.line([at(e["step"], e[name]) for e in curve], fill=color, width=2)
+        pen.line([at(e["step"], e[name]) for e in curve if name in e], fill=color, width=2)
         pen.text((60 + 140 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
     return image
 
@@ -349,7 +349,7 @@ def main():
     for end in (0, 1):
         vlm.budget(drawn(args.keep, end))  # both ends of a range must be possible
     K, N = vlm.budget(drawn(args.keep, 0.5)), vlm.tokens  # what is deployed; where N varies: as it was given, and None
-    by_threshold = args.budget == "batch" and K != "all"  # how the pruner is deployed
+    by_threshold = args.budget == "batch" and K not in ("all", N)  # how the pruner is deployed
     if N is None and args.denoiser == "global":
         raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)

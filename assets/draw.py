@@ -282,9 +282,10 @@ def tables():
     whole, *_ = read("accuracy").values()
     for name, by_category in read("accuracy").items():
         yield row(name, *per_cent(by_category, whole))
-    whole, *_ = read("ceiling").values()
-    for name, by_category in list(read("ceiling").items())[1:]:
-        yield row(name, *per_cent(by_category, whole))
+    ceiling = read("ceiling")
+    for name, by_category in ceiling.items():
+        if not name.startswith("all"):
+            yield row(name, *per_cent(by_category, ceiling["all" + ", trained on" * name.endswith("trained on")]))
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
         yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *(spread(v) for v in variant["retention"].values()))
