@@ -1100,8 +1100,8 @@ def asked(tmp_path):
 
 def test_question_file_in_order_and_as_one_by_one(asked, tmp_path, capsys, monkeypatch):
     rows, path = asked
-    stock, (scorer, _) = load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")
-    encoded = []
+    stock, (scorer, settings) = load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")
+    T, encoded = settings["thresholds"]["16"]["threshold"], []
     monkeypatch.setattr(infer, "load", lambda *a: stock)
     encode = stock.encode
     monkeypatch.setattr(stock, "encode", lambda inputs: encoded.append(len(inputs["pixel_values"])) or encode(inputs))
@@ -1113,11 +1113,12 @@ def test_question_file_in_order_and_as_one_by_one(asked, tmp_path, capsys, monke
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [(a["question_id"], a["prompt"]) for a in answers] == [(r["question_id"], r["text"]) for r in rows]
     assert all(a.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} for a in answers)
-    assert len({a["answer_id"] for a in answers}) == len(rows) and answers[0]["metadata"]["keep"] == 16
+    assert len({a["answer_id"] for a in answers}) == len(rows) and answers[0]["metadata"]["threshold"] == T
     for row, answer in zip(rows, answers):
         inputs = stock.inputs([read_image(EXAMPLES[0].parent / row["image"])], [row["text"]])
         X = stock.encode(inputs)
-        assert stock.generate(inputs, X, select(scorer(X), 16))[0] == answer["text"]
+        keep = select(scorer(X), count_above(standardised(scorer(X)), T))
+        assert stock.generate(inputs, X, keep)[0] == answer["text"]
     assert told["figures"].keys() == {"kind 0", "kind 1", "all"} and told["figures"]["all"].keys() == {
         "accuracy", "precision", "recall", "f1", "yes"}
     # other settings, a file of another kind: refused and untouched, unless --overwrite
