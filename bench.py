@@ -343,7 +343,7 @@ def speed(args):
 
 # --- ablations --------------------------------------------------------------------------------------------------------
 
-VARIANTS = {  # train.py's flags: each differs from the first row of its group in one thing
+VARIANTS = {  # train.py's flags: each differs in one thing from the first row of its group (raw scores: from the second)
     "ours": [],
     "ours, per image": ["--budget", "image"],
     "ours, K = 16 only": ["--keep", "16"],
@@ -367,17 +367,18 @@ LOSSES = ("soft_loss", "hard_loss", "deployed_loss")  # on held-out captions: tr
 def train_variants(args, variants):
     """Train these by train.py on the embedded default, seeds 0 … n-1, equal steps: {(variant, seed): folder}.
 
-    A run that is in its folder, finished and of that length, is not trained again. --dtype is for the training only.
+    A finished run that is in its folder, with the same flags and defaults, is not trained again. --dtype is for the
+    training only.
     """
-    from train import SHAPES  # here, since train.py imports this file
+    from train import RECIPES, SHAPES  # here, since train.py imports this file
     steps = args.steps or SHAPES["steps"]
     folders = {(variant, seed): args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant)}-{seed}"
                for variant in variants for seed in range(args.seeds)}
 
     def train(job):
         (variant, seed), folder = job
-        settings = load_pruner(folder)[1] if (folder / "pruner.json").exists() else {"curve": [{"step": -1}]}
-        if settings["curve"][-1]["step"] != steps - 1 or "thresholds" not in settings:
+        made, wanted = folder / "variant.json", [variants[variant], steps, args.dtype, SHAPES, RECIPES]
+        if not made.exists() or json.loads(made.read_text()) != wanted:
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, HERE / "train.py", "--seed", str(seed), "--out", folder, "--overwrite",
                        "--questions", "none", "--device", args.device, "--dtype", args.dtype, "--steps", str(steps),
@@ -387,6 +388,7 @@ def train_variants(args, variants):
                 done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads})
             if done.returncode:
                 raise InputError(f"{folder / 'log.txt'}: training {variant!r} failed; its last lines say why")
+            write(made, wanted)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(train, folders.items()), total=len(folders), desc="training runs", dynamic_ncols=True))
@@ -398,7 +400,7 @@ def spread(values):
 
 
 def ablations(args):
-    """Train every variant; the deployed path's accuracy at each budget."""
+    """Train every variant; the accuracy at each budget, cut at the top K, however a variant is deployed."""
     rows, vlm = read_questions(prepare() / "questions.jsonl"), load("data/shapes/llava", args.device)
     budgets, seeds = [vlm.budget(K) for K in args.keep or (16, 32, 48)], range(args.seeds)
     folders = train_variants(args, {name: VARIANTS[name] for name in args.variants or VARIANTS})
@@ -411,10 +413,11 @@ def ablations(args):
     for variant in dict.fromkeys(variant for variant, _ in folders):
         ends = [load_pruner(folders[variant, seed])[1]["curve"][-1] for seed in seeds]
         at = {K: [answered[variant, seed, K] for seed in seeds] for K in budgets}
-        table[variant] = {**{k: mean(end[k] for end in ends) for k in ("hardness", *LOSSES)}, "steps": ends[0]["step"] + 1,
+        table[variant] = {**{k: mean(end[k] for end in ends) for k in ("hardness", *LOSSES)},
+                          "steps": ends[0]["step"] + 1,
                           "retention": {K: [retention(by, full) for by in runs] for K, runs in at.items()},
                           "by_category": {K: {c: mean(by[c] for by in runs) for c in full} for K, runs in at.items()}}
-    show(f"after training, mean of the seeds (lowest to highest); held-out loss with all tokens {ends[0]['full_loss']:.3f}",
+    show(f"after training, mean of the seeds (lowest to highest); loss with all tokens {ends[0]['full_loss']:.3f}",
          ["variant", "hardness", *LOSSES, *(f"K = {K}" for K in budgets)],
          ([name, f"{row['hardness']:.2f}", *(f"{row[k]:.3f}" for k in LOSSES), *map(spread, row["retention"].values())]
           for name, row in table.items()))
@@ -588,7 +591,8 @@ def ceiling(args):
     pair = {"all, trained on": choices["all"], "scorer, trained on": choices["scorer"]}
     answered |= accuracies(right_or_wrong(vlm, trained, pair))
     whole = lambda name: answered["all" + name.removeprefix(name.split(",")[0])]
-    show(f"{K} tokens, chosen for each of 50 images by optimisation on its", ["", *answered["all"], "retention"],
+    show(f"{K} tokens of 50 images, by optimisation on captions or answers, and by the scorer; then of 300 it was trained on",
+         ["", *answered["all"], "retention"],
          ([name, *(f"{100 * a:.1f}" for a in by.values()), f"{retention(by, whole(name)):.1f}"]
           for name, by in answered.items()))
     return answered

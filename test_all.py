@@ -653,6 +653,21 @@ def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
     assert "by number of shapes" in capsys.readouterr().out
 
 
+def test_bench_trains_again_when_flags_defaults_or_type_differ(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: trained.append(command[-1]) or SimpleNamespace(returncode=0))
+    args = SimpleNamespace(steps=3, seeds=1, runs=tmp_path, device="cpu", dtype="float32", jobs=1)
+    again = lambda flag="image", **new: bench.train_variants(SimpleNamespace(**{**vars(args), **new}), {"a, b": ["--budget", flag]})
+    assert again() == again() == {("a, b", 0): tmp_path / "a-b-0"} and trained == ["image"]
+    again("batch")
+    again("batch", dtype="bfloat16")
+    again("batch", dtype="bfloat16", steps=4)
+    assert trained == ["image", "batch", "batch", "batch"]
+    monkeypatch.setitem(train.SHAPES, "lr", 1.0)
+    again("batch", dtype="bfloat16", steps=4)
+    assert len(trained) == 5
+
+
 def test_accuracy_by_a_threshold_below_every_score_is_that_of_all_tokens():
     rows = bench.read_questions(shapes.prepare() / "questions.jsonl")[:50]
     table = bench.accuracy_table(load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")[0], rows, [1], T=-1e6)

@@ -7,7 +7,7 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
     python train.py --data coco.json --model data/shapes/llava --steps 20   # any COCO captions, any LLaVA
 
 No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed
-path (hard top-K, no noise, no denoiser): the bar shows its loss on held-out captions, and with a question file the
+path (the top K or what lies above a threshold, no noise, no denoiser): the bar shows its loss on held-out captions, and with a question file the
 run ends with its accuracy beside random tokens and a uniform grid.
 
 Writes to --out: scorer.safetensors (all that inference needs), denoiser.safetensors, pruner.json; log.jsonl and
@@ -101,7 +101,7 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
                   budget="image"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    Two additions of ours, so that training is deployment. standardise: tau counts in standard deviations of an image's
+    Additions of ours, so that training is deployment (and pooled(), above). standardise: tau counts in standard deviations of an image's
     scores, or the scorer undoes the annealing by shrinking them. presence: alpha also weighs each token in the LLM's
     attention, since in use a dropped token is not noise there, but absent.
     """
@@ -120,8 +120,8 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
 
 
 def graph_flags(args):
-    """training_loss's last arguments."""
-    return args.gate, args.standardise, args.presence, args.budget
+    """training_loss's arguments that are flags."""
+    return {name: getattr(args, name) for name in ("gate", "standardise", "presence", "budget")}
 
 
 def tau_at(recipe, t, start, end):
@@ -156,22 +156,23 @@ def sum_over_processes(*tensors):
 
 @torch.no_grad()
 def held_out_losses(graph, batches, K, tau, args):
-    """Caption losses on held-out images, from all tokens to what is used in three steps: {full, soft, hard, deployed}.
+    """Caption losses on held-out images, from all tokens to what is used: {full, soft, hard, deployed}.
 
-    Full: nothing is pruned. Soft: as in training. Hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still there,
-    as repaired noise. Deployed: it is gone, without noise or denoiser. From soft to hard the channel's leak is lost, from
-    hard to deployed what the LLM did with the slots. The top K of each image are kept; with --budget batch, what lies
-    above one threshold.
+    Full: nothing is pruned. Soft: as in training. Hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still
+    there, as repaired noise. Deployed: it is gone, without noise or denoiser. From soft to hard is lost what leaked
+    through a soft alpha, from hard to deployed what the LLM did with the slots. The top K of each image are kept; with
+    --budget batch what lies above one threshold for the images in memory together, and one token at least. (Gumbel
+    draws other tokens for hard than for soft.)
     """
     vlm, scorer, *_ = graph
     names, sums = ("full", "soft", "hard", "deployed"), torch.zeros(5, device=vlm.model.device)
     for g, inputs, _ in batches:
         noisy = with_noise(graph, g, inputs, args.seed)
-        soft, hard = (training_loss(*noisy, inputs, K, t, *graph_flags(args))[0] for t in (tau, 1e-9))
+        soft, hard = (training_loss(*noisy, inputs, K, t, **graph_flags(args))[0] for t in (tau, 1e-9))
         X, valid = vlm.encode(inputs), inputs.get("valid")
         scores, counts = scorer(X, valid), vlm.budget(K, X, valid)
         if args.budget == "batch":
-            z, (_, total) = standardised(scores, valid), pooled(scores, counts, args.budget)
+            z, total = standardised(scores, valid), pooled(scores, counts, "batch")[1]
             counts = count_above(z, threshold(z, int(total)))
         deployed = vlm.loss(inputs, X, select(scores, counts))
         full = vlm.loss(inputs, X)
@@ -217,7 +218,8 @@ def draw(curve, w=640, h=360):
     """The held-out losses over the steps, from all tokens to what is used."""
     image, series = Image.new("RGB", (w, h), "white"), {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green",
                                                         "deployed_loss": "red"}
-    pen, last, top = ImageDraw.Draw(image), max(1, curve[-1]["step"]), max(e.get(name, 0) for e in curve for name in series)
+    pen, last = ImageDraw.Draw(image), max(1, curve[-1]["step"])
+    top = max(e.get(name, 0) for e in curve for name in series)  # a run from before some were logged can be resumed
     at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
     pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
     pen.text((w - 90, h - 22), f"step {last}", fill="black")
@@ -251,16 +253,17 @@ def parse_arguments():
     add("--tau-start", f"tau falls from this ({recipe('tau_start')})", type=float, metavar="TAU")
     add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
-    add("--recipe", "papers or ours: what the flags that say so default to, and the shape of tau's fall; with ours --keep, if "
-        f"not given, is spread to half and double ({both('recipe')})", choices=RECIPES)
+    add("--recipe", "the default of every flag whose help names both recipes, and the shape of tau's fall; with ours, "
+        f"--keep, if not given, is a range from half to double ({both('recipe')})", choices=RECIPES)
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--whiten", f"the scorer reads whitened tokens ({recipe('whiten')})", **switch)
-    add("--standardise", f"tau counts in standard deviations of an image's scores ({recipe('standardise')}; always with --budget batch)", **switch)
+    add("--standardise", "tau counts in standard deviations of an image's scores, always with --budget batch "
+        f"({recipe('standardise')})", **switch)
     add("--presence", f"log alpha is added in the LLM's attention ({recipe('presence')})", **switch)
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
         "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
-    add("--denoiser", f"its attention ({recipe('denoiser')})", choices=("diagonal", "global", "none"))
+    add("--denoiser", f"its attention, or none: no denoiser ({recipe('denoiser')})", choices=("diagonal", "global", "none"))
     add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
     add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
     add("--resume", "go on from the checkpoint in --out", action="store_true")
@@ -331,7 +334,8 @@ def main():
     there = [f for f in map(args.out.joinpath, (checkpoint.name, "pruner.json", "scorer.safetensors")) if f.exists()]
     if args.resume:
         tensors, state = read_checkpoint(checkpoint)
-        old = {**RECIPES.get(state["settings"].get("recipe"), {}), "budget": "image", "parts": 1, **state["settings"]}  # what a checkpoint from before they were has
+        old = state["settings"]  # and, for a checkpoint from before they were flags:
+        old = {**RECIPES.get(old.get("recipe"), {}), "budget": "image", "parts": 1, **old}
         free = FREE if args.budget == "batch" or args.gate == "gumbel" else FREE | {"parts"}  # they depend on the parts
         for k in flags:
             if k not in free and old.get(k) != flags[k]:
@@ -349,7 +353,7 @@ def main():
     for end in (0, 1):
         vlm.budget(drawn(args.keep, end))  # both ends of a range must be possible
     K, N = vlm.budget(drawn(args.keep, 0.5)), vlm.tokens  # what is deployed; where N varies: as it was given, and None
-    by_threshold = args.budget == "batch" and K not in ("all", N)  # how the pruner is deployed
+    by_threshold = args.budget == "batch" and K not in ("all", N)  # by T, not by the top K
     if N is None and args.denoiser == "global":
         raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
@@ -367,7 +371,8 @@ def main():
              for name, module in (("scorer", scorer), ("denoiser", denoiser), ("vlm (frozen)", vlm.model))}
     say(f"{args.model}: {N or 'a varying number of'} visual tokens, keep {K}; {len(data.training)} images; parameters "
         + ", ".join(f"{k} {v:,}" for k, v in count.items()))
-    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": f"~{K}" if by_threshold else K, "parameters": count, "settings": flags,
+    about = {"model": flags["model"], "width": vlm.width, "tokens": N, "keep": f"~{K}" if by_threshold else K,
+             "parameters": count, "settings": flags,
              "versions": {"python": platform.python_version(), "torch": torch.__version__,
                           "transformers": transformers.__version__}}
     say(vlm.memory_plan(sum(p.numel() for p in learned), at_once, args.checkpointing))
@@ -444,7 +449,7 @@ def main():
             g, inputs, unreadable = next(samples)
             waited += time.time()
             noisy = with_noise(graph, g, inputs, args.seed)
-            loss, alpha = training_loss(*noisy, inputs, K_now, tau, *graph_flags(args))
+            loss, alpha = training_loss(*noisy, inputs, K_now, tau, **graph_flags(args))
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             shares, k = pooled(alpha.detach(), vlm.budget(K_now, alpha, inputs.get("valid")), args.budget)
@@ -502,8 +507,8 @@ def main():
     if RANK:
         return
     if curve[-1]["hardness"] < 0.9:
-        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1, so what was trained is "
-            "not what is deployed; train longer or end at a lower --tau-end")
+        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1. If hard_loss is above "
+            "soft_loss, end at a lower --tau-end; if deployed_loss is above hard_loss, try --presence")
     if skipped:
         say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)

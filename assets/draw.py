@@ -267,7 +267,7 @@ def speed():
 # --- the README's tables ----------------------------------------------------------------------------------------------
 
 def tables():
-    """Every row of the README's tables of measurements, in order and in Markdown, from the JSON that train.py and bench.py saved."""
+    """Every row of the README's tables of measurements, in order, from the JSON that train.py and bench.py saved."""
     read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
@@ -288,7 +288,7 @@ def tables():
             yield row(name, *per_cent(by_category, ceiling["all" + ", trained on" * name.endswith("trained on")]))
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
-        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *(spread(v) for v in variant["retention"].values()))
+        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *map(spread, variant["retention"].values()))
     budgets = read("budgets")
     for name, at in budgets["retention"].items():
         kept = {K: sum(cell["kept"]) / len(cell["kept"]) for K, cell in at.items()}
@@ -306,7 +306,6 @@ def tables():
         yield row(name, f"{at['tflops']:.2f}", *(f"{at[s]['median']:,.0f}" for s in
                   ("encode", "select", "project", "prefill", "first", "decode")), f"{at['cache_bytes'] / 1e6:.0f}",
                   f"{at['ratio']['prefill']:.2f}×", f"{at['ratio']['first']:.2f}×")
-
 
 
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_, "gate": gate, "attention": attention, "graphs": graphs,
