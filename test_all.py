@@ -906,8 +906,19 @@ def test_each_part_of_our_recipe_can_be_left_out(tmp_path, coco):
         assert {p: settings[p] for p in ("whiten", "standardise", "presence")} == {
             p: p != part for p in ("whiten", "standardise", "presence")}
         assert mapped(tmp_path / part).equal(torch.eye(128)) == (part == "whiten")
-    losses = {log_of(tmp_path / part)[0]["soft_loss"] for part in ("whiten", "standardise", "presence")}
-    assert len(losses) == 3, "each changes what is trained"
+    assert tiny(coco, tmp_path / "ours", "--steps", 1) == 0
+    losses = {log_of(tmp_path / run)[0]["soft_loss"] for run in ("ours", "whiten", "standardise", "presence")}
+    assert len(losses) == 4, "each changes what is trained"
+
+
+def test_a_pool_that_keeps_all_needs_no_threshold(tmp_path, coco):
+    for keep in ("all", "144"):
+        assert tiny(coco, tmp_path, "--budget", "batch", "--keep", keep, "--steps", 1, "--overwrite") == 0
+        assert json.loads((tmp_path / "pruner.json").read_text())["keep"] == 144
+
+
+def test_a_pool_of_nan_has_no_threshold():
+    assert math.isnan(threshold(torch.full((2, 9), math.nan), 4)), "so that train.py can say that it diverged"
 
 
 def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
@@ -923,6 +934,7 @@ def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
     assert {"tau", "lr", "loss", "full_loss", "soft_loss", "hard_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 1
     colors = {color for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(10 ** 6)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
+    train.draw([dict(step=0, soft_loss=1.0, deployed_loss=2.0), log[-1]])  # a run from before hard and full were logged
     annealing = [dict(step=s, deployed_loss=x) for s, x in ((0, 1), (1, 2))]
     assert train.best_of(annealing, settled=2)["step"] == 1, "a low loss does not count yet"
 
