@@ -52,7 +52,7 @@ def load_pruner(folder):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; --pruner must be a folder that train.py wrote")
     try:
-        settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
+        settings = {**json.loads((folder / "pruner.json").read_text(encoding="utf-8")), "file": folder / "pruner.json"}
         scorer = Scorer(settings["width"])
         settings["model"], settings["keep"]  # needed later
         if not all(math.isfinite(entry["threshold"]) for entry in settings.get("thresholds", {}).values()):
@@ -96,37 +96,36 @@ def load_pruned(args):
     return vlm, scorer.to(args.device).deploy(DTYPES[args.dtype]), settings
 
 
-def chooser(args, settings, scorer, vlm):
-    """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens, by --keep or --threshold.
+def chooser(vlm, scorer, settings, budget=None, T=None):
+    """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens.
 
-    InputError for a budget that cannot be, or one that the pruner has no threshold for.
+    budget: a number, share, 'all' or '~K' (None: what the pruner was trained for); or T, a threshold. InputError for a
+    budget that cannot be, or one that the pruner has no threshold for.
     """
-    budget, T = settings["keep"] if args.keep is None else args.keep, args.threshold
+    budget = settings["keep"] if budget is None else budget
     if T is None and str(budget).startswith("~"):
-        known, made = settings.get("thresholds", {}), args.pruner / "pruner.json"
+        known, made = settings.get("thresholds", {}), settings.get("file", "the pruner")
         if not known:
-            raise InputError(f"--keep {budget}: {made} has no thresholds, since the run has not ended (train.py --resume) "
-                             "or is older than they are; give --threshold or a whole number")
+            raise InputError(f"--keep {budget}: {made} has no thresholds, since the run has not ended (train.py "
+                             "--resume) or is older than they are; give --threshold or a whole number")
         if budget[1:] not in known:
-            raise InputError(f"--keep {budget}: {made} has thresholds for {', '.join(f'~{K}' for K in known)}; give one of "
-                             "these, --threshold, or a whole number")
+            raise InputError(f"--keep {budget}: {made} has thresholds for {', '.join(f'~{K}' for K in known)}; "
+                             "give one of these, --threshold, or a whole number")
         if "%" not in budget and vlm.tokens != settings.get("tokens"):
-            raise InputError(f"--keep {budget}: was found for {settings.get('tokens')} visual tokens, but {vlm.name} has "
-                             f"{vlm.tokens or 'a varying number'}; give --threshold or a whole number")
+            raise InputError(f"--keep {budget}: was found for {settings.get('tokens')} visual tokens, but {vlm.name} "
+                             f"has {vlm.tokens or 'a varying number'}; give --threshold or a whole number")
         T = known[budget[1:]]["threshold"]
     if T is None:
         budget = vlm.budget(budget)  # wrong input ends here, before the work
+        if budget in ("all", vlm.tokens):
+            return lambda X, inputs: None, {"keep": budget}
 
     def choose(X, inputs):
         valid = inputs.get("valid")
         scores = scorer(X, valid)  # (B, N)
         K = vlm.budget(budget, X, valid) if T is None else count_above(standardised(scores, valid), T)
         return select(scores, K)
-    if T is not None:
-        return choose, {"threshold": T}
-    if budget in ("all", vlm.tokens):
-        return lambda X, inputs: None, {"keep": budget}
-    return choose, {"keep": budget}
+    return choose, {"keep": budget} if T is None else {"threshold": T}
 
 
 class FirstToken:
@@ -292,7 +291,7 @@ def main():
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
-    choose, by = chooser(args, settings, scorer, vlm)
+    choose, by = chooser(vlm, scorer, settings, args.keep, args.threshold)
     if args.show and vlm.tokens is None:
         raise InputError("--show: draws a square grid of patches, as LLaVA-1.5 has; leave it out for this model")
 

@@ -166,7 +166,7 @@ class VLM:
         getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def memory_plan(self, learned, B, recompute=False):
-        """A line on the bytes of a training step: B images at once, captions of 20 tokens, so many learned parameters."""
+        """A line on the bytes of a training step: B images at once, captions of 20 tokens, `learned` parameters."""
         c, size, N = self.model.config.get_text_config(), self.model.dtype.itemsize, self.tokens or 2880
         L = N + 40
         D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
@@ -176,8 +176,8 @@ class VLM:
         kept = L * (layers * D * size + layer if recompute else layers * layer)
         kept += 60 * N * self.width * size + 20 * c.vocab_size * (size + 8)  # scorer and denoiser; logits
         frozen = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * learned / 1e9:.2f} GB (weights, gradients, AdamW's "
-                f"two moments); activations about {B * kept / 1e9:.3f} GB for {B} images at once")
+        return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * learned / 1e9:.2f} GB (weights, gradients, "
+                f"AdamW's two moments); activations about {B * kept / 1e9:.3f} GB for {B} images at once")
 
     def budget(self, keep, X=None, valid=None):
         """How many tokens `keep` asks for: a whole number, 'all', or a share as '11.1%' of each picture's own tokens.

@@ -43,6 +43,7 @@ import train
 from assets import draw
 from data import files, questions
 from data.shapes import prepare as shapes
+from data.shapes import study
 from denoiser import Denoiser, DiagonalAttention
 from model import InputError, cli, load, read_image
 from throttler import (Attention, Scorer, count_above, select, soft_top_k, standardised, threshold, vp_gate,
@@ -638,10 +639,10 @@ def test_bench_counts_and_measures(tmp_path, capsys):
 
 def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
     """With the shipped pruner in every role: top-K keeps K; at K = 16 the threshold keeps about as many."""
-    monkeypatch.setattr(bench, "train_variants", lambda args, variants: {(v, 0): ROOT / "data/shapes/pruner" for v in variants})
-    monkeypatch.setattr(bench, "read_questions", lambda path, real=bench.read_questions: real(path)[:200])
-    table = bench.budgets(SimpleNamespace(device="cpu", seeds=1, steps=None))
-    assert set(table["retention"]) == {"image, top-K", "image, threshold", "image, alpha > ½", "batch, top-K",
+    monkeypatch.setattr(study, "train_variants", lambda args, variants: {(v, 0): ROOT / "data/shapes/pruner" for v in variants})
+    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:200])
+    table = study.budgets(SimpleNamespace(device="cpu", seeds=1, steps=None))
+    assert set(table["retention"]) == {"image, top-K", "image, threshold", "batch, top-K",
                                        "batch, threshold", *(f"only {K}, top-K" for K in (8, 16, 32, 48))}
     for way, at in table["retention"].items():
         for K, cell in at.items():
@@ -655,9 +656,9 @@ def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
 
 def test_bench_trains_again_when_flags_defaults_or_type_differ(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: trained.append(command[-1]) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: trained.append(command[-1]) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(steps=3, seeds=1, runs=tmp_path, device="cpu", dtype="float32", jobs=1)
-    again = lambda flag="image", **new: bench.train_variants(SimpleNamespace(**{**vars(args), **new}), {"a, b": ["--budget", flag]})
+    again = lambda flag="image", **new: study.train_variants(SimpleNamespace(**{**vars(args), **new}), {"a, b": ["--budget", flag]})
     assert again() == again() == {("a, b", 0): tmp_path / "a-b-0"} and trained == ["image"]
     again("batch")
     again("batch", dtype="bfloat16")
@@ -670,16 +671,19 @@ def test_bench_trains_again_when_flags_defaults_or_type_differ(tmp_path, monkeyp
 
 def test_accuracy_by_a_threshold_below_every_score_is_that_of_all_tokens():
     rows = bench.read_questions(shapes.prepare() / "questions.jsonl")[:50]
-    table = bench.accuracy_table(load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")[0], rows, [1], T=-1e6)
-    assert table["scorer 1"] == table["all 144"] != table["random 1"]
+    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
+    settings["thresholds"]["1"] = {"threshold": -1e6}
+    table = bench.accuracy_table(load(TINY), scorer, settings, rows, ["~1", 1])
+    assert list(table) == ["all 144", "scorer ~1", "random 1", "uniform 1", "scorer 1"]
+    assert table["scorer ~1"] == table["all 144"] != table["random 1"] != table["scorer 1"]
 
 
 def test_ceiling_chooses_better_than_chance(monkeypatch):
     """Ten pictures, ten steps: five questions share a choice, and it suits the answers better than a random one."""
-    monkeypatch.setattr(bench, "read_questions", lambda path, real=bench.read_questions: real(path)[:50])
+    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:50])
     kept = {}
 
-    def answer(vlm, rows, choices):
+    def answer(vlm, rows, choices, batch=None):
         if "captions" in choices:
             inputs = vlm.inputs([read_image(row["image"]) for row in rows], [row["text"] for row in rows],
                                 [row["label"] for row in rows])
@@ -691,8 +695,8 @@ def test_ceiling_chooses_better_than_chance(monkeypatch):
         else:  # the pruner on what it was trained on
             assert len(rows) == 1500 and {row["image"].parent.name for row in rows} == {"train"}
         return {name: {"all": [True] * 50} for name in choices}
-    monkeypatch.setattr(bench, "right_or_wrong", answer)
-    bench.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
+    monkeypatch.setattr(study, "right_or_wrong", answer)
+    study.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
     assert kept["all"] is None
     for name in ("captions", "answers", "scorer"):
         assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
@@ -702,7 +706,7 @@ def test_the_shipped_pruner_beats_random_and_uniform():
     rows = [dict(image=shapes.HERE / row["image"], **{k: row[k] for k in ("text", "label", "category")})
             for row in map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines())][:500]
     scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
-    table = bench.accuracy_table(load(TINY), scorer, rows, [16])
+    table = bench.accuracy_table(load(TINY), scorer, settings, rows, [16])
     kept = {name: bench.retention(by_category, table["all 144"]) for name, by_category in table.items()}
     assert min(table["all 144"].values()) >= 0.97
     assert kept["scorer 16"] > 92 and kept["scorer 16"] > kept["uniform 16"] + 1 > kept["random 16"] + 1
@@ -934,7 +938,7 @@ def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
     assert {"tau", "lr", "loss", "full_loss", "soft_loss", "hard_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 1
     colors = {color for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(10 ** 6)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
-    train.draw([dict(step=0, soft_loss=1.0, deployed_loss=2.0), log[-1]])  # a run from before hard and full were logged
+    files.loss_chart([dict(step=0, soft_loss=1.0, deployed_loss=2.0), log[-1]])  # a run from before hard and full were logged
     annealing = [dict(step=s, deployed_loss=x) for s, x in ((0, 1), (1, 2))]
     assert train.best_of(annealing, settled=2)["step"] == 1, "a low loss does not count yet"
 
@@ -1559,7 +1563,7 @@ def test_readme_has_not_drifted():
     readme = (ROOT / "README.md").read_text()
     for name, lines in re.findall(r"\| `([\w./]+\.py)` \| (\d+) \|", readme):
         assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name}: the README says {lines} lines"
-    assert len(re.findall(r"\| `[\w./]+\.py` \| \d+ \|", readme)) == 10
+    assert len(re.findall(r"\| `[\w./]+\.py` \| \d+ \|", readme)) == 11
     lines = lambda text: "\n".join(line.strip() for line in text.splitlines()) + "\n"  # without the indentation
     code = [lines((ROOT / name).read_text()) for name in
             ("throttler.py", "denoiser.py", "model.py", "train.py", "infer.py", "bench.py")]

@@ -228,8 +228,7 @@ def standardised(scores, valid=None):
 
 
 def threshold(z, total):
-    """The T that exactly `total` of the standardised scores z lie above: midway between the total-th highest and the next.
-    """
+    """The T that exactly `total` of the standardised scores z lie above: midway from the last of them to the next."""
     high = z[z != -torch.inf].sort(descending=True).values  # padding aside
     below = high[total] if total < len(high) else high[-1] - 1
     return ((high[total - 1] + below) / 2).item()
@@ -241,9 +240,10 @@ def count_above(z, T):
 
 
 def select(scores, K):
-    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending. ValueError unless 1 <= K <= N.
+    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending.
 
-    K may be a tensor (B,), one for each row; a row that keeps fewer than the most, or has fewer, begins with -1.
+    ValueError unless 1 <= K <= N. K may be a tensor (B,), one for each row; a row that keeps fewer than the most, or
+    has fewer, begins with -1.
     """
     check_budget(scores, K, 1)
     most = int(K.max()) if torch.is_tensor(K) else K

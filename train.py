@@ -7,8 +7,8 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
     python train.py --data coco.json --model data/shapes/llava --steps 20   # any COCO captions, any LLaVA
 
 No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed
-path (the top K or what lies above a threshold, no noise, no denoiser): the bar shows its loss on held-out captions, and with a question file the
-run ends with its accuracy beside random tokens and a uniform grid.
+path (the top K or what lies above a threshold, no noise, no denoiser): the bar shows its loss on held-out captions, and
+with a question file the run ends with its accuracy beside random tokens and a uniform grid.
 
 Writes to --out: scorer.safetensors (all that inference needs), denoiser.safetensors, pruner.json; log.jsonl and
 curve.png; checkpoint.safetensors, from which --resume goes on bit for bit.
@@ -28,13 +28,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bench import accuracy_table, mean, retention, spread_of
 from data.coco import Captions, check_fit, generator, load_batches, read_coco
-from data.files import portable, read_checkpoint, rounded, write
+from data.files import loss_chart, portable, read_checkpoint, rounded, write
 from data.questions import read_questions
 from data.shapes.prepare import prepare
 from denoiser import Denoiser
@@ -44,8 +43,8 @@ from throttler import (Scorer, count_above, gumbel_top_k, scale_gate, select, so
                        vp_gate, whitening)
 
 PROMPT = "Describe the image."
-# defaults for a real model, and for a tiny one on two CPU cores
-PAPER = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, lr=2e-4, recipe="papers")
+# defaults with --data, for a real model as in the papers, and for a tiny one on two CPU cores
+REAL = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, lr=2e-4, recipe="papers")
 SHAPES = dict(model="data/shapes/llava", keep="16", steps=400, batch=48, lr=2e-3, recipe="ours")
 RECIPES = {"papers": dict(whiten=False, standardise=False, presence=False, denoiser="diagonal", budget="image",
                           tau_start=2.0, tau_end=0.1, anneal=0.5),
@@ -91,7 +90,7 @@ def with_noise(graph, samples, inputs, seed):
 
 
 def pooled(values, K, budget):
-    """What shares a budget in one row, and that budget: (B, N) and K of each image, or per batch (1, B·N) and their sum."""
+    """What shares a budget in one row, and that budget: (B, N) and each image's K, or per batch (1, B·N) and a sum."""
     if budget == "image":
         return values, K
     return values.reshape(1, -1), K.sum() if torch.is_tensor(K) else K * len(values)
@@ -101,9 +100,9 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
                   budget="image"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    Additions of ours, so that training is deployment (and pooled(), above). standardise: tau counts in standard deviations of an image's
-    scores, or the scorer undoes the annealing by shrinking them. presence: alpha also weighs each token in the LLM's
-    attention, since in use a dropped token is not noise there, but absent.
+    Additions of ours, so that training is deployment (and pooled(), above). standardise: tau counts in standard
+    deviations of an image's scores, or the scorer undoes the annealing by shrinking them. presence: alpha also weighs
+    each token in the LLM's attention, since in use a dropped token is not noise there, but absent.
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), (B, N) or None
     K = vlm.budget(K, X, valid)
@@ -125,7 +124,7 @@ def graph_flags(args):
 
 
 def tau_at(recipe, t, start, end):
-    """The temperature as t goes from 0 to 1, and then: papers' along a cosine, ours geometric, halved in equal times."""
+    """The temperature as t goes from 0 to 1, and then: papers' along a cosine, ours halved in equal times."""
     return cosine(start, end, t) if recipe == "papers" else start * (end / start) ** min(1, t)
 
 
@@ -140,7 +139,7 @@ def drawn(keep, u):
             raise ValueError
         K = start * (end / start) ** u
     except (ValueError, IndexError):
-        raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20%, the lower end first") from None
+        raise InputError(f"--keep {keep}: must be one budget, or a range as 8:32 or 5%:20%, lower end first") from None
     return f"{K:.4g}%" if low[-1] == "%" else round(K)
 
 
@@ -185,8 +184,8 @@ def held_out_losses(graph, batches, K, tau, args):
 def calibrate(vlm, scorer, batches, K):
     """{budget: threshold and counts}: above which z the held-out images have so many tokens on average.
 
-    Budgets: ½, ¾, 1, 1½, 2 and 3 times K. Counts: mean, 10th and 90th percentile over the images. An image with no token
-    above the threshold keeps one, so the mean of a low budget comes out a little higher.
+    Budgets: ½, ¾, 1, 1½, 2 and 3 times K. Counts: mean, 10th and 90th percentile over the images. An image with no
+    token above the threshold keeps one, so the mean of a low budget comes out a little higher.
     """
     if K == "all":
         return {}
@@ -214,27 +213,10 @@ def best_of(curve, settled):
     return min([e for e in curve if e["step"] >= settled] or curve[-1:], key=lambda e: e["deployed_loss"])
 
 
-def draw(curve, w=640, h=360):
-    """The held-out losses over the steps, from all tokens to what is used."""
-    image, series = Image.new("RGB", (w, h), "white"), {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green",
-                                                        "deployed_loss": "red"}
-    pen, last = ImageDraw.Draw(image), max(1, curve[-1]["step"])
-    top = max(e.get(name, 0) for e in curve for name in series)  # a run from before some were logged can be resumed
-    at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
-    pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
-    pen.text((w - 90, h - 22), f"step {last}", fill="black")
-    for value in (0, top / 2, top):
-        pen.text((8, at(0, value)[1] - 6), f"{value:.2f}", fill="black")
-    for i, (name, color) in enumerate(series.items()):
-        pen.line([at(e["step"], e[name]) for e in curve if name in e], fill=color, width=2)
-        pen.text((60 + 140 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
-    return image
-
-
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
-    both = lambda name: f"{PAPER[name]}; without --data {SHAPES[name]}"
+    both = lambda name: f"{REAL[name]}; without --data {SHAPES[name]}"
     recipe = lambda name: ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
     add("--data", "COCO captions file (default: the embedded one, drawn if missing)", metavar="JSON")
     add("--images", "folder of its images (default: the file's own)", metavar="DIR")
@@ -242,8 +224,8 @@ def parse_arguments():
     add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
         f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
-    add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the images "
-        "that are in memory together compete; in use a threshold, as --keep ~K of infer.py "
+    add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the "
+        "images that are in memory together compete; in use a threshold, as --keep ~K of infer.py "
         f"({recipe('budget')})", choices=("image", "batch"))
     add("--steps", f"({both('steps')})", type=int)
     add("--batch", f"images a step, over all GPUs ({both('batch')})", type=int)
@@ -263,41 +245,46 @@ def parse_arguments():
     add("--gate", "ablation of the noise gate (%(default)s)", choices=("vp", "scale", "gumbel"), default="vp")
     add("--noise", "ablation: the noise has the features' covariance, each channel's own variance, or one for all "
         "(%(default)s)", choices=("whitened", "channel", "isotropic"), default="whitened")
-    add("--denoiser", f"its attention, or none: no denoiser ({recipe('denoiser')})", choices=("diagonal", "global", "none"))
+    add("--denoiser", f"its attention, or none: no denoiser ({recipe('denoiser')})",
+        choices=("diagonal", "global", "none"))
     add("--seed", "of weights, noise and order (%(default)s)", type=int, default=0)
     add("--out", "folder to write to (%(default)s)", type=Path, default=Path("out"))
     add("--resume", "go on from the checkpoint in --out", action="store_true")
     add("--overwrite", "replace the run that is in --out", action="store_true")
     add("--save-every", "steps between checkpoints (%(default)s)", type=int, default=100, metavar="STEPS")
     add("--eval-every", "steps between evaluations on held-out captions (a twelfth of all)", type=int, metavar="STEPS")
-    add("--patience", "once tau is at its end, stop after this many evaluations without a lower deployed loss (0: never; "
-        "the best is kept anyway)", type=int, default=0, metavar="N")
+    add("--patience", "once tau is at its end, stop after this many evaluations without a lower deployed loss "
+        "(0: never; the best is kept anyway)", type=int, default=0, metavar="N")
     workers = min(4, os.cpu_count() // 2) if os.cpu_count() > 2 else 0
     add("--workers", "processes that read pictures (%(default)s)", type=int, default=workers)
     add_device_arguments(ap)
     args = ap.parse_args()
-    fill = lambda defaults: [setattr(args, k, v) for k, v in defaults.items() if getattr(args, k) is None]
-    if args.keep is None and (args.recipe or (PAPER if args.data else SHAPES)["recipe"]) == "ours":
-        K = int((PAPER if args.data else SHAPES)["keep"])
-        args.keep = f"{K // 2}:{2 * K}"
-    fill(PAPER if args.data else SHAPES)
-    if (args.budget or RECIPES[args.recipe]["budget"]) == "batch":
+    defaults = REAL if args.data else SHAPES
+    args.recipe = args.recipe or defaults["recipe"]
+    defaults = {**defaults, **RECIPES[args.recipe]}
+    if args.recipe == "ours":
+        K = int(defaults["keep"])
+        defaults["keep"] = f"{K // 2}:{2 * K}"
+    if (args.budget or defaults["budget"]) == "batch":
         if args.standardise is False:
-            raise InputError("--no-standardise: images that share a budget need a common scale; give --budget image, too")
-        args.standardise = True
-    fill(RECIPES[args.recipe])
+            raise InputError("--no-standardise: images that share a budget need a common scale; add --budget image")
+        defaults["standardise"] = True
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.eval_every is None:
         args.eval_every = max(1, args.steps // 12)
     for name in ("steps", "batch", "lr", "tau_start", "tau_end", "anneal", "accumulate", "save_every", "eval_every"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0")
     if args.anneal > 1:
         raise InputError(f"--anneal {args.anneal}: is a share of the steps, 1 at most; tau must arrive")
     if min(args.patience, args.workers) < 0:
         raise InputError("--patience and --workers must not be below 0")
     if args.budget == "batch" and WORLD * args.accumulate * 2 > args.batch:
-        raise InputError(f"--budget batch: {WORLD} processes times --accumulate {args.accumulate} leave one image of --batch "
-                         f"{args.batch} at a time, which competes with none; raise --batch")
+        raise InputError(f"--budget batch: {WORLD} processes times --accumulate {args.accumulate} leave one image of "
+                         f"--batch {args.batch} at a time, which competes with none; raise --batch, or add "
+                         "--budget image")
     if WORLD * args.accumulate > args.batch:
         raise InputError(f"--batch {args.batch}: is fewer than {WORLD} processes times --accumulate {args.accumulate}")
     return args
@@ -337,7 +324,7 @@ def main():
         old = state["settings"]  # and, for a checkpoint from before they were flags:
         old = {**RECIPES.get(old.get("recipe"), {}), "budget": "image", "parts": 1, **old}
         free = FREE if args.budget == "batch" or args.gate == "gumbel" else FREE | {"parts"}  # they depend on the parts
-        for k in flags:
+        for k in sorted(flags, key=lambda k: k not in ("data", "recipe")):  # first what sets others
             if k not in free and old.get(k) != flags[k]:
                 name = "--accumulate times processes" if k == "parts" else f"--{k.replace('_', '-')}"
                 raise InputError(f"{name} {flags[k]}: the run in {args.out} has {old.get(k)}; --resume needs the same")
@@ -355,7 +342,7 @@ def main():
     K, N = vlm.budget(drawn(args.keep, 0.5)), vlm.tokens  # what is deployed; where N varies: as it was given, and None
     by_threshold = args.budget == "batch" and K not in ("all", N)  # by T, not by the top K
     if N is None and args.denoiser == "global":
-        raise InputError("--denoiser global: sees padding where pictures have different numbers of tokens; leave it out")
+        raise InputError("--denoiser global: sees padding where pictures vary in their number of tokens; leave it out")
     check_fit(vlm, args.data, pairs, PROMPT)
     if args.checkpointing:
         vlm.recompute()
@@ -475,8 +462,9 @@ def main():
             losses = held_out_losses(graph, loader(held_out[RANK::WORLD]), K, tau, args)
             if not math.isfinite(sum(losses.values())):
                 raise diverged(f"the losses on held-out captions are {losses}")
-            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss, **{f"{k}_loss": v for k, v in losses.items()},
-                          "hardness": hardness, "seconds": seconds(), "waiting": waiting})
+            curve.append({"step": step, "tau": tau, "lr": lr, "loss": loss,
+                          **{f"{k}_loss": v for k, v in losses.items()}, "hardness": hardness,
+                          "seconds": seconds(), "waiting": waiting})
             best = best_of(curve, settled)
             if RANK == 0:
                 if best is curve[-1]:
@@ -485,7 +473,7 @@ def main():
                 write(args.out / "pruner.json",
                       rounded({**about, "best_step": best["step"], "curve": curve, "seconds": seconds()}))
                 write(args.out / "log.jsonl", rounded(curve))
-                write(args.out / "curve.png", draw(curve))
+                write(args.out / "curve.png", loss_chart(curve))
             waited, mark = 0.0, time.time()
         bar.set_postfix(loss=f"{loss:.3f}", tau=f"{tau:.2f}", hard=f"{hardness:.2f}",
                         deployed=f"{curve[-1]['deployed_loss']:.3f}", waiting=f"{100 * curve[-1]['waiting']:.0f}%")
@@ -507,8 +495,8 @@ def main():
     if RANK:
         return
     if curve[-1]["hardness"] < 0.9:
-        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1. If hard_loss is above "
-            "soft_loss, end at a lower --tau-end; if deployed_loss is above hard_loss, try --presence")
+        say(f"warning: hardness {curve[-1]['hardness']:.2f} at the end: alpha is far from 0 and 1. If hard_loss is "
+            "above soft_loss, end at a lower --tau-end; if deployed_loss is above hard_loss, try --presence")
     if skipped:
         say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)
@@ -518,16 +506,15 @@ def main():
     say(f"wrote {args.out}/ (step {best['step']})")
 
     # what it is worth, on questions that training never saw
-    result = {"keep": K, "tokens": N, "seed": args.seed, "recipe": args.recipe, "budget": args.budget, **best}
+    result = {"keep": about["keep"], "tokens": N, "seed": args.seed, "recipe": args.recipe, "budget": args.budget}
+    result |= best
     if questions:
         vlm.model.eval()
-        T = about["thresholds"][str(K)]["threshold"] if by_threshold else None
-        table = accuracy_table(vlm, scorer, questions, [K], T=T)
-        full, ours = table[f"all {N or ''}".strip()], table[f"scorer {K}"]
-        result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()), "retention": retention(ours, full),
-                   "retention_random": retention(table[f"random {K}"], full),
-                   "by_category": table,
-                   **({"retention_uniform": retention(table[f"uniform {K}"], full)} if N else {})}
+        table = accuracy_table(vlm, scorer, about, questions, [about["keep"]])
+        full, ours = table[f"all {N or ''}".strip()], table[f"scorer {about['keep']}"]
+        result |= {"accuracy_full": mean(full.values()), "accuracy": mean(ours.values()),
+                   "retention": retention(ours, full), "retention_random": retention(table[f"random {K}"], full),
+                   **({"retention_uniform": retention(table[f"uniform {K}"], full)} if N else {}), "by_category": table}
     print(f'next: python infer.py IMAGE "QUESTION" --pruner {args.out} --show kept.png')
     print(json.dumps(rounded({**result, "seconds": seconds()})))
 

@@ -5,11 +5,11 @@ Draw every picture of the README again, from the code and the pruner that ships.
     python assets/draw.py gate graphs   # only assets/gate.png and assets/graphs.png
     python assets/draw.py tables        # print the rows of the README's tables of measurements
 """
+import functools
 import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench import LOSSES, retention  # noqa: E402
+from bench import retention  # noqa: E402
 from data.shapes.prepare import draw_scene  # noqa: E402
+from data.shapes.study import LOSSES  # noqa: E402
 from denoiser import Denoiser  # noqa: E402
 from infer import chooser, dimmed, load_pruner, seen_by_model  # noqa: E402
 from model import load, read_image  # noqa: E402
@@ -108,10 +109,16 @@ def box(draw, x, y, text, fill="white", width=236, height=100):
 
 # --- the pictures ---------------------------------------------------------------------------------------------------
 
+@functools.cache
+def tiny():
+    """The tiny LLaVA, and how its shipped pruner chooses."""
+    vlm = load(SHAPES / "llava")
+    return vlm, chooser(vlm, *load_pruner(SHAPES / "pruner"))[0]
+
+
 def shipped(image, question="?"):
-    """(vlm, inputs, X, keep) of the tiny LLaVA and the pruner that ships, for one scene."""
-    vlm, (scorer, settings) = load(SHAPES / "llava"), load_pruner(SHAPES / "pruner")
-    choose, _ = chooser(SimpleNamespace(keep=None, threshold=None, pruner=SHAPES / "pruner"), settings, scorer, vlm)
+    """(vlm, inputs, X, keep) for one scene."""
+    vlm, choose = tiny()
     inputs = vlm.inputs([read_image(image)], [question])
     X = vlm.encode(inputs)
     return vlm, inputs, X, choose(X, inputs)
@@ -288,12 +295,14 @@ def tables():
             yield row(name, *per_cent(by_category, ceiling["all" + ", trained on" * name.endswith("trained on")]))
     spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
-        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *map(spread, variant["retention"].values()))
+        kept = map(spread, variant["retention"].values())
+        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *kept)
     budgets = read("budgets")
     for name, at in budgets["retention"].items():
         kept = {K: sum(cell["kept"]) / len(cell["kept"]) for K, cell in at.items()}
-        yield row(name, *(spread(at[K]["retention"]) + f" @ {kept[K]:.1f}" * (name.endswith("threshold")) if K in at else "–"
-                          for K in budgets["retention"]["image, top-K"]))
+        by_T = name.endswith("threshold")
+        cells = {K: spread(cell["retention"]) + f" @ {kept[K]:.1f}" * by_T for K, cell in at.items()}
+        yield row(name, *(cells.get(K, "–") for K in budgets["retention"]["image, top-K"]))
     for name, by_shapes in budgets["by_shapes"].items():
         yield row(name, *(f"{kept['mean']:.1f} ({kept['p10']}–{kept['p90']})" for kept in by_shapes.values()))
     probes = read("probes")

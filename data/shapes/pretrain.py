@@ -158,7 +158,8 @@ def pack(objects, tokenizer, rng, image_id):
     """
     prefix = tokenizer("USER: ").input_ids + [image_id] * GRID * GRID
     rows = [(i, 0, p, False, "") for p, i in enumerate(prefix)]
-    texts = {("caption", CAPTION_PROMPT, caption(objects, rng))} | {q for _ in range(2) for q in questions(objects, rng)}
+    texts = {("caption", CAPTION_PROMPT, caption(objects, rng))}
+    texts |= {q for _ in range(2) for q in questions(objects, rng)}
     for segment, (kind, question, answer) in enumerate(sorted(texts), 1):
         asked = tokenizer(f"\n{question} ASSISTANT:", add_special_tokens=False).input_ids
         told = tokenizer(f" {answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
@@ -214,7 +215,8 @@ def train_language(model, tokenizer, X, scenes, steps, held_out, batch=48, lr=2e
         bar.set_postfix(loss=f"{loss:.3f}")
         if step % 100 == 99 or step == steps - 1:
             kinds = accuracy(range(len(scenes) - held_out, len(scenes)))
-            bar.write(f"{time.strftime('%T')} step {step + 1} loss {loss:.4f} " + " ".join(f"{k} {v:.3f}" for k, v in kinds.items()))
+            right = " ".join(f"{k} {v:.3f}" for k, v in kinds.items())
+            bar.write(f"{time.strftime('%T')} step {step + 1} loss {loss:.4f} {right}")
 
 
 if __name__ == "__main__":
