@@ -698,7 +698,7 @@ def test_ceiling_chooses_better_than_chance(monkeypatch):
     monkeypatch.setattr(study, "right_or_wrong", answer)
     study.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
     assert kept["all"] is None
-    for name in ("captions", "answers", "scorer"):
+    for name in ("captions", "answers", "scorer", "scorer, these 50"):
         assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
 
 
