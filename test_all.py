@@ -702,6 +702,23 @@ def test_ceiling_chooses_better_than_chance(monkeypatch):
         assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
 
 
+def test_bench_accuracy_from_the_command_line(tmp_path, capsys):
+    """The scorer's row is what infer.py answers, for a threshold too; the other rows keep as many."""
+    path, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    path.write_text("".join((shapes.prepare() / "questions.jsonl").read_text().splitlines(True)[:50]))
+    some = ("--questions", path, "--images", shapes.HERE, *SHIPPED)
+    assert run(bench.main, "accuracy", "--keep", "~4", "8", *some) == 2
+    assert "give one of these" in capsys.readouterr().err.splitlines()[-1]
+    assert run(bench.main, "accuracy", "--keep", "~8", "12", *some) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+    others = ("random", "uniform", "norm", "diversity", "pooling", "CLS")
+    assert list(measured) == ["all 144", "scorer ~8", *(f"{name} 8" for name in others),
+                              "scorer 12", *(f"{name} 12" for name in others)]
+    assert run(infer.main, "--answers", answers, "--keep", "~8", *some) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert measured["scorer ~8"] == {kind: figures[kind]["accuracy"] for kind in measured["scorer ~8"]}
+
+
 def test_the_shipped_pruner_beats_random_and_uniform():
     rows = [dict(image=shapes.HERE / row["image"], **{k: row[k] for k in ("text", "label", "category")})
             for row in map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines())][:500]
@@ -871,7 +888,8 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     assert tiny(coco, out, "--steps", 1) == 0
     state = {f.name: f.read_bytes() for f in out.iterdir()}
     assert tiny(coco, out) == 2 and "--overwrite" in error()
-    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--model", ROOT / "assets"), ("--lr", 1)):
+    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--model", ROOT / "assets"), ("--lr", 1),
+                        ("--recipe", "papers")):  # which also sets flags that the user never gave
         assert tiny(coco, out, "--steps", 1, "--resume", flag, value) == 2 and error().startswith(f"error: {flag}")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may become larger: a full disk, nearly
@@ -913,6 +931,11 @@ def test_each_part_of_our_recipe_can_be_left_out(tmp_path, coco):
     assert tiny(coco, tmp_path / "ours", "--steps", 1) == 0
     losses = {log_of(tmp_path / run)[0]["soft_loss"] for run in ("ours", "whiten", "standardise", "presence")}
     assert len(losses) == 4, "each changes what is trained"
+
+
+def test_gumbel_draws_the_same_tokens_for_soft_and_hard(tmp_path, coco):
+    assert tiny(coco, tmp_path, "--gate", "gumbel", "--denoiser", "none", "--steps", 2) == 0
+    assert all(row["soft_loss"] == row["hard_loss"] for row in log_of(tmp_path)), "only tau, which moves no choice, differs"
 
 
 def test_a_pool_that_keeps_all_needs_no_threshold(tmp_path, coco):
@@ -1056,6 +1079,7 @@ BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words th
     "K > N": (None, ["--keep", 145], "144"),
     "no such model": (None, ["--model", "./no/such/folder"], "no/such/folder"),
     "steps": (None, ["--steps", 0], "--steps"),
+    "no end of tau": (None, ["--tau-start", "inf"], "--tau-start inf"),
     "out is a file": (None, ["--out", ROOT / "LICENSE"], "--out"),
     "batch in too many parts": (None, ["--batch", 2, "--accumulate", 3], "--accumulate"),
     "patience": (None, ["--patience", -1], "--patience"),

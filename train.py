@@ -160,14 +160,13 @@ def held_out_losses(graph, batches, K, tau, args):
     Full: nothing is pruned. Soft: as in training. Hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still
     there, as repaired noise. Deployed: it is gone, without noise or denoiser. From soft to hard is lost what leaked
     through a soft alpha, from hard to deployed what the LLM did with the slots. The top K of each image are kept; with
-    --budget batch what lies above one threshold for the images in memory together, and one token at least. (Gumbel
-    draws other tokens for hard than for soft.)
+    --budget batch what lies above one threshold for the images in memory together, and one token at least.
     """
     vlm, scorer, *_ = graph
     names, sums = ("full", "soft", "hard", "deployed"), torch.zeros(5, device=vlm.model.device)
     for g, inputs, _ in batches:
-        noisy = with_noise(graph, g, inputs, args.seed)
-        soft, hard = (training_loss(*noisy, inputs, K, t, **graph_flags(args))[0] for t in (tau, 1e-9))
+        soft, hard = (training_loss(*with_noise(graph, g, inputs, args.seed), inputs, K, t, **graph_flags(args))[0]
+                      for t in (tau, 1e-9))  # the same noise
         X, valid = vlm.encode(inputs), inputs.get("valid")
         scores, counts = scorer(X, valid), vlm.budget(K, X, valid)
         if args.budget == "batch":
