@@ -54,11 +54,6 @@ def show(title, header, rows):
 
 # --- ways to choose without learning: X (B, N, d) and K -> keep (B, K), ascending -------------------------------------
 
-def random_tokens(X, K):
-    """K tokens of each image, drawn at random (torch's seed)."""
-    return select(torch.rand(X.shape[:2], device=X.device), K)
-
-
 def uniform_grid(X, K):
     """The same K tokens of every image, spread evenly: about √K rows with about √K tokens each."""
     B, N, _ = X.shape  # images, visual tokens
@@ -118,13 +113,13 @@ def cls_attention(vlm, inputs):
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def right_or_wrong(vlm, rows, choices, batch=None):
+def right_or_wrong(vlm, rows, choices):
     """{name: {category: [was each question answered right]}} for each of the choices {name: choose}.
 
     choose(X, inputs) gives the tokens to keep, (B, K), None for all, or (other tokens, keep). A batch is read and
     encoded once for all of them.
     """
-    batch = batch or (50 if vlm.tokens and vlm.tokens < 600 else 8)
+    batch = 50 if vlm.tokens and vlm.tokens < 600 else 8
     right = {name: {category: [] for category in sorted({row["category"] for row in rows})} for name in choices}
     for at in tqdm(range(0, len(rows), batch), desc="questions", dynamic_ncols=True, leave=False):
         part = rows[at:at + batch]
@@ -179,13 +174,13 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=1, others=False):
     beside exactly K by all else. Random is the mean of `seeds` draws; `others` adds what other papers choose by, on
     models with a square grid.
     """
-    def drawn(K, seed):
+    def random_scorer(seed):
         generator = torch.Generator().manual_seed(seed)
 
         def scores(X, valid):
-            drawn = torch.rand(X.shape[:2], generator=generator).to(X.device)
-            return drawn if valid is None else drawn.masked_fill(~valid, -torch.inf)
-        return chooser(vlm, scores, settings, K)[0]
+            s = torch.rand(X.shape[:2], generator=generator).to(X.device)
+            return s if valid is None else s.masked_fill(~valid, -torch.inf)
+        return scores
 
     ways = {f"all {vlm.tokens or ''}".strip(): [lambda X, inputs: None]}  # row name: [choose, …], averaged
     whole, = ways
@@ -195,7 +190,7 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=1, others=False):
     for budget in budgets:
         ways[f"scorer {budget}"] = [chooser(vlm, scorer, settings, budget)[0]]
         K = vlm.budget(str(budget).removeprefix("~"))
-        ways[f"random {K}"] = [drawn(K, seed) for seed in range(seeds)]
+        ways[f"random {K}"] = [chooser(vlm, random_scorer(seed), settings, K)[0] for seed in range(seeds)]
         if vlm.tokens:
             ways[f"uniform {K}"] = [lambda X, inputs, K=K: uniform_grid(X, K)]
         if others and grid:
@@ -353,7 +348,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = lambda flag, text, **kw: ap.add_argument(flag, help=text, **kw)
     add("table", "(default: speed, accuracy and ablations)", nargs="?", choices=tables)
-    add("--keep", "how many tokens, whole numbers or shares (33.3%% 22.2%% 11.1%%; ablations 16 32 48, ceiling 16)",
+    add("--keep", "how many tokens: whole numbers or shares (33.3%% 22.2%% 11.1%%), for accuracy also '~16', as of "
+        "infer.py; ablations: 16 32 48; ceiling: one, 16; not for budgets and probes",
         metavar="K", nargs="+")
     add("--json", "save what was measured, and under which conditions", type=Path, metavar="FILE")
     add("--seeds", "of random choices and of what is trained (%(default)s)", type=int, default=3)

@@ -596,12 +596,12 @@ def test_threshold_from_the_command_line(tmp_path, coco, capsys):
     assert tiny(coco, tmp_path / "one", "--budget", "batch", "--no-standardise") == 2 and "common scale" in capsys.readouterr().err
 
 
-def test_uniform_grid_and_random_keep_exactly_k():
+def test_uniform_grid_keeps_exactly_k():
     X = torch.zeros(2, 144, 1)
     assert bench.uniform_grid(X, 16)[0].tolist() == [12 * y + x for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
     for K in range(1, 145):
-        for keep in (bench.uniform_grid(X, K), bench.random_tokens(X, K)):
-            assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < 144
+        keep = bench.uniform_grid(X, K)
+        assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < 144
 
 
 def test_what_others_choose_by(vlm, scene):
@@ -640,7 +640,7 @@ def test_bench_counts_and_measures(tmp_path, capsys):
 def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
     """With the shipped pruner in every role: top-K keeps K; at K = 16 the threshold keeps about as many."""
     monkeypatch.setattr(study, "train_variants", lambda args, variants: {(v, 0): ROOT / "data/shapes/pruner" for v in variants})
-    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:200])
+    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:100])
     table = study.budgets(SimpleNamespace(device="cpu", seeds=1, steps=None))
     assert set(table["retention"]) == {"image, top-K", "image, threshold", "batch, top-K",
                                        "batch, threshold", *(f"only {K}, top-K" for K in (8, 16, 32, 48))}
@@ -679,19 +679,23 @@ def test_accuracy_by_a_threshold_below_every_score_is_that_of_all_tokens():
 
 
 def test_ceiling_chooses_better_than_chance(monkeypatch):
-    """Ten pictures, ten steps: five questions share a choice, and it suits the answers better than a random one."""
+    """Ten pictures, ten steps: five questions share a choice, and it suits captions and answers better than chance."""
     monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:50])
     kept = {}
 
-    def answer(vlm, rows, choices, batch=None):
+    def answer(vlm, rows, choices):
         if "captions" in choices:
-            inputs = vlm.inputs([read_image(row["image"]) for row in rows], [row["text"] for row in rows],
-                                [row["label"] for row in rows])
-            X, drawn = vlm.encode(inputs), torch.Generator().manual_seed(0)
-            kept.update({name: choose(X, inputs) for name, choose in choices.items()})
-            with torch.no_grad():
-                chance = vlm.loss(inputs, X, select(torch.rand(50, 144, generator=drawn), 16))
-                assert vlm.loss(inputs, X, kept["answers"]) < 0.8 * chance
+            pictures, drawn = [read_image(row["image"]) for row in rows], torch.Generator().manual_seed(0)
+            told = [shapes.caption(shapes.draw_scene(f"test-{i // 5}")[1], random.Random(i)) for i in range(50)]
+            X = vlm.encode(vlm.inputs(pictures, ["?"] * 50))
+            kept.update({name: choose(X, {}) for name, choose in choices.items()})
+            kept["chance"] = select(torch.rand(50, 144, generator=drawn), 16)
+            for texts, names in ((([row["text"] for row in rows], [row["label"] for row in rows]), ["answers"]),
+                                 (([train.PROMPT] * 50, told), ["captions", "scorer, these 50"])):
+                with torch.no_grad():
+                    inputs = vlm.inputs(pictures, *texts)
+                    loss = {name: vlm.loss(inputs, X, kept[name]).item() for name in ("chance", *names)}
+                assert max(loss[name] for name in names) < 0.8 * loss["chance"], loss
         else:  # the pruner on what it was trained on
             assert len(rows) == 1500 and {row["image"].parent.name for row in rows} == {"train"}
         return {name: {"all": [True] * 50} for name in choices}
@@ -717,6 +721,66 @@ def test_bench_accuracy_from_the_command_line(tmp_path, capsys):
     assert run(infer.main, "--answers", answers, "--keep", "~8", *some) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
     assert measured["scorer ~8"] == {kind: figures[kind]["accuracy"] for kind in measured["scorer ~8"]}
+
+
+def test_bench_accuracy_where_pictures_vary_in_tokens(folder, monkeypatch):
+    vlm, kept = load(folder), {}
+    if vlm.tokens is not None:
+        return
+    rows = [dict(image=image, text=QUESTIONS[i], label="?", category="all") for i, image in enumerate(EXAMPLES[:3])]
+    images = {path: shapes.draw_scene(f"test-{i}")[0].resize(SHAPES[i]) for i, path in enumerate(EXAMPLES[:3])}
+    monkeypatch.setattr(bench, "read_image", images.get)
+    generate = vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda inputs, X, keep, **options: kept.setdefault(len(kept), (inputs, keep)) and
+                        generate(inputs, X, keep, **options))
+    table = bench.accuracy_table(vlm, Scorer(vlm.width).eval(), {}, rows, ["25%"], seeds=2)
+    assert list(table) == ["all", "scorer 25%", "random 25%"] and kept.pop(0)[1] is None and len(kept) == 3
+    for inputs, keep in kept.values():
+        N = inputs["valid"].sum(1)
+        assert ((keep >= 0).sum(1) == (N / 4).round()).all() and (keep < N[:, None]).all(), "no padding"
+    assert not kept[2][1].equal(kept[3][1]), "each seed draws for itself"
+
+
+def test_bootstrap_is_a_binomial_interval():
+    full = {"a": [1.0] * 400, "b": [1.0] * 100}
+    assert bench.bootstrap(full, full) == (100, 100)
+    low, high = bench.bootstrap({"a": [1.0] * 320 + [0.0] * 80, "b": full["b"]}, full)
+    assert (low, high) == pytest.approx((90 - 1.96, 90 + 1.96), abs=0.3), "half of 80 ± 1.96 · 100 · √(0.8 · 0.2 / 400)"
+
+
+def test_ablations_are_judged_by_the_deployed_path(monkeypatch):
+    """With the shipped pruner as every run, the table says what infer.py keeps at its top K."""
+    monkeypatch.setattr(study, "train_variants", lambda args, wanted: {(v, s): ROOT / "data/shapes/pruner" for v in wanted
+                                                                       for s in (0, 1)})
+    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:50])
+    table = study.ablations(SimpleNamespace(device="cpu", keep=["8"], seeds=2, variants=["papers"]))
+    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
+    rows = study.read_questions(shapes.prepare() / "questions.jsonl")
+    answered = bench.accuracy_table(load(TINY), scorer, settings, rows, [8])
+    assert table["papers"]["retention"] == {8: [bench.retention(answered["scorer 8"], answered["all 144"])] * 2}
+    end = settings["curve"][-1]
+    assert {k: table["papers"][k] for k in train.LOSSES} == {k: end[k] for k in train.LOSSES} and end["hard_loss"] > 0
+
+
+def test_the_pictures_show_what_infer_keeps(capsys):
+    assert run(infer.main, EXAMPLES[0], "What color is the star?", "--json", *SHIPPED) == 0
+    assert draw.shipped(EXAMPLES[0])[3][0].tolist() == json.loads(capsys.readouterr().out.splitlines()[-1])["kept"]
+
+
+def test_the_closing_table_is_of_what_infer_deploys(tmp_path, coco, capsys):
+    path = tmp_path / "questions.jsonl"
+    rows = map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines()[:40])
+    path.write_text("".join(json.dumps({**row, "image": str(shapes.HERE / row["image"])}) + "\n" for row in rows))
+    for budget, keep in (("batch", "~20"), ("image", 20)):
+        assert tiny(coco, tmp_path / budget, "--budget", budget, "--questions", path) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["keep"] == keep and {"retention_random", "retention_uniform", "accuracy_full"} < set(result)
+        assert list(result["by_category"]) == ["all 144", f"scorer {keep}", "random 20", "uniform 20"]
+        assert run(infer.main, "--questions", path, "--answers", tmp_path / f"{budget}.jsonl", "--pruner", tmp_path / budget,
+                   "--device", "cpu") == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+        assert result["by_category"][f"scorer {keep}"] == {
+            kind: figures[kind]["accuracy"] for kind in result["by_category"]["all 144"]}
 
 
 def test_the_shipped_pruner_beats_random_and_uniform():

@@ -180,6 +180,14 @@ def whitening(X):
     return mean.float(), L.float()
 
 
+def noise_factor(L, noise):
+    """L (d_v, d_v) for the gate: the features' covariance, or an ablation, each channel's variance or one for all."""
+    if noise != "whitened":
+        variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
+        L = (variance if noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
+    return L.contiguous()  # one layout in memory before and after a resume: the layout changes the rounding
+
+
 def _sqrt(t):
     """√t, with a slope of 0 below 1e-12. The true slope is infinite at 0, where it meets a zero slope of alpha."""
     return torch.where(t > 1e-12, t.clamp_min(1e-12).sqrt(), 0)
@@ -228,7 +236,7 @@ def standardised(scores, valid=None):
 
 
 def threshold(z, total):
-    """The T that exactly `total` of the standardised scores z lie above: midway from the last of them to the next."""
+    """The T above which exactly `total` of the standardised scores z lie: midway from the last of them to the next."""
     high = z[z != -torch.inf].sort(descending=True).values  # padding aside
     below = high[total] if total < len(high) else high[-1] - 1
     return ((high[total - 1] + below) / 2).item()

@@ -39,17 +39,18 @@ from data.shapes.prepare import prepare
 from denoiser import Denoiser
 from infer import DTYPES, add_device_arguments
 from model import HERE, InputError, cli, load
-from throttler import (Scorer, count_above, gumbel_top_k, scale_gate, select, soft_top_k, standardised, threshold,
-                       vp_gate, whitening)
+from throttler import (Scorer, count_above, gumbel_top_k, noise_factor, scale_gate, select, soft_top_k, standardised,
+                       threshold, vp_gate, whitening)
 
 PROMPT = "Describe the image."
-# defaults with --data, for a real model as in the papers, and for a tiny one on two CPU cores
+# defaults with --data (LLaVA-1.5-7B, as in the papers) and without (a tiny model, two CPU cores)
 REAL = dict(model="llava-hf/llava-1.5-7b-hf", keep="64", steps=4000, batch=32, lr=2e-4, recipe="papers")
 SHAPES = dict(model="data/shapes/llava", keep="16", steps=400, batch=48, lr=2e-3, recipe="ours")
 RECIPES = {"papers": dict(whiten=False, standardise=False, presence=False, denoiser="diagonal", budget="image",
                           tau_start=2.0, tau_end=0.1, anneal=0.5),
            "ours": dict(whiten=True, standardise=True, presence=True, denoiser="none", budget="batch",
                         tau_start=1.0, tau_end=0.02, anneal=0.8)}
+LOSSES = ("soft_loss", "hard_loss", "deployed_loss")  # in the log, beside full_loss: see held_out_losses
 FREE = {"device", "workers", "accumulate", "checkpointing", "save_every", "patience", "questions"}  # on --resume
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -70,14 +71,6 @@ def feature_statistics(vlm, batches, seed, per_image=32):
     return whitening(torch.cat(tokens))
 
 
-def noise_factor(L, noise):
-    """L (d_v, d_v) for the gate: the features' covariance, or an ablation, each channel's variance or one for all."""
-    if noise != "whitened":
-        variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
-        L = (variance if noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
-    return L.contiguous()  # one layout in memory before and after a resume: the layout changes the rounding
-
-
 def with_noise(graph, samples, inputs, seed):
     """training_loss's first arguments, with ε (B, N, d_v) among the statistics. It is drawn for each sample by its
     number alone, so it is the same however a batch is split over parts and processes, and after a resume."""
@@ -90,7 +83,7 @@ def with_noise(graph, samples, inputs, seed):
 
 
 def pooled(values, K, budget):
-    """What shares a budget in one row, and that budget: (B, N) and each image's K, or per batch (1, B·N) and a sum."""
+    """Rows that share one budget, and the budget of each: images (B, N) with K, or the batch (1, B·N) with the sum."""
     if budget == "image":
         return values, K
     return values.reshape(1, -1), K.sum() if torch.is_tensor(K) else K * len(values)
@@ -100,9 +93,11 @@ def training_loss(vlm, scorer, denoiser, statistics, inputs, K, tau, gate="vp", 
                   budget="image"):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    Additions of ours, so that training is deployment (and pooled(), above). standardise: tau counts in standard
-    deviations of an image's scores, or the scorer undoes the annealing by shrinking them. presence: alpha also weighs
-    each token in the LLM's attention, since in use a dropped token is not noise there, but absent.
+    statistics: mean and L for the noise gate, and the noise if it is given; K: the budget; tau: the temperature; gate:
+    vp, or an ablation. Additions of ours, so that what is trained is what is deployed. budget: image, or one for the
+    whole batch (see pooled). standardise: tau counts in standard deviations of an image's scores, or the scorer undoes
+    the annealing by shrinking them. presence: alpha also weighs each token in the LLM's attention, since in use a
+    dropped token is not noise there, but absent.
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), (B, N) or None
     K = vlm.budget(K, X, valid)
@@ -124,7 +119,7 @@ def graph_flags(args):
 
 
 def tau_at(recipe, t, start, end):
-    """The temperature as t goes from 0 to 1, and then: papers' along a cosine, ours halved in equal times."""
+    """The temperature as t goes from 0 to 1, and then. Papers: along a cosine; ours: geometric, a line in log tau."""
     return cosine(start, end, t) if recipe == "papers" else start * (end / start) ** min(1, t)
 
 
@@ -222,7 +217,8 @@ def parse_arguments():
     add("--model", f"the frozen VLM, a folder or hub name ({both('model')})")
     add("--questions", "question file for the closing table, or none (the embedded default has one)", metavar="JSONL")
     add("--keep", "budget, how many tokens to keep, or a share as 11.1%%; a range as 8:32 draws one for each step, "
-        f"log-uniform, and its geometric mean is deployed ({both('keep')})", metavar="K")
+        f"log-uniform, and its geometric mean is deployed ({both('keep')}; by --recipe ours from half to double)",
+        metavar="K")
     add("--budget", "image: so many tokens of each image, as in the papers; batch: so many on average, for which the "
         "images that are in memory together compete; in use a threshold, as --keep ~K of infer.py "
         f"({recipe('budget')})", choices=("image", "batch"))
@@ -500,7 +496,7 @@ def main():
         say(f"unreadable images, {len(skipped)}, each replaced by the next: {', '.join(sorted(skipped))}")
     best = best_of(curve, settled)
     scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
-    about["thresholds"] = calibrate(vlm, scorer, loader(held_out), K)
+    about["thresholds"] = rounded(calibrate(vlm, scorer, loader(held_out), K))  # as infer.py will read them
     write(args.out / "pruner.json", rounded({**about, "best_step": best["step"], "curve": curve, "seconds": seconds()}))
     say(f"wrote {args.out}/ (step {best['step']})")
 

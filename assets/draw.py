@@ -19,11 +19,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench import retention  # noqa: E402
 from data.shapes.prepare import draw_scene  # noqa: E402
-from data.shapes.study import LOSSES  # noqa: E402
+from data.shapes.study import spread  # noqa: E402
 from denoiser import Denoiser  # noqa: E402
 from infer import chooser, dimmed, load_pruner, seen_by_model  # noqa: E402
 from model import load, read_image  # noqa: E402
 from throttler import soft_top_k, vp_gate, whitening  # noqa: E402
+from train import LOSSES  # noqa: E402
 
 SHAPES = HERE.parent / "data/shapes"
 EXAMPLES = sorted((SHAPES / "examples").glob("*.jpg"))
@@ -254,7 +255,7 @@ def accuracy():
     for name, by_category in list(table.items())[1:]:
         label, K = name.rsplit(" ", 1)
         series.setdefault({"scorer": "this scorer", "uniform": "grid"}.get(label, label), []).append(
-            (int(K), retention(by_category, whole)))
+            (int(K.removeprefix("~")), retention(by_category, whole)))
     series = {label: sorted(points) for label, points in series.items()}
     line_chart("accuracy", series, "tokens kept, of 144", "retention, %", marks=True, log_x=True,
                x_ticks=sorted({K for points in series.values() for K, _ in points}))
@@ -281,10 +282,10 @@ def tables():
     three_losses = lambda end: " / ".join(f"{end[k]:.2f}" if k in end else "–" for k in LOSSES)
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
     for run in runs:
-        whole, K = run["by_category"]["all 144"], run["keep"]
-        name = f"scorer {K}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
+        whole, scorer = run["by_category"]["all 144"], f"scorer {run['keep']}"
+        name = f"{scorer.replace('~', '')}, seed {run['seed']}" + ", papers" * (run["recipe"] == "papers")
         name += ", image" * (run["recipe"] == "ours" and run["budget"] == "image")
-        yield row(name, *per_cent(run["by_category"][f"scorer {K}"], whole), f"{run['hardness']:.2f}",
+        yield row(name, *per_cent(run["by_category"][scorer], whole), f"{run['hardness']:.2f}",
                   three_losses(run))
     whole, *_ = read("accuracy").values()
     for name, by_category in read("accuracy").items():
@@ -293,7 +294,6 @@ def tables():
     for name, by_category in ceiling.items():
         if not name.startswith("all"):
             yield row(name, *per_cent(by_category, ceiling["all" + ", trained on" * name.endswith("trained on")]))
-    spread = lambda v: f"{sum(v) / len(v):.1f} ({min(v):.1f}–{max(v):.1f})"
     for name, variant in read("ablations").items():
         kept = map(spread, variant["retention"].values())
         yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *kept)

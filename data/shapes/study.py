@@ -6,7 +6,7 @@ They train many pruners, or look into one training; bench.py itself has what any
     ablations   train every variant of the recipes, three seeds each (hours on two cores)
     budgets     budgets per image or pooled, top K or a threshold, a range or one K (hours on two cores)
     probes      the papers' measured claims about gradients and noise (minutes)
-    ceiling     how far choosing goes without a scorer (minutes)
+    ceiling     how far choosing goes, and where the scorer falls short (half an hour)
 """
 import json
 import os
@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench import accuracies, mean, random_tokens, retention, right_or_wrong, show, spread_of
+from bench import accuracies, mean, retention, right_or_wrong, show, spread_of
 from data.coco import read_coco
 from data.files import write
 from data.questions import read_questions
 from data.shapes.prepare import caption, draw_scene, prepare, questions
 from denoiser import Denoiser
-from infer import load_pruner
+from infer import chooser, load_pruner
 from model import HERE, InputError, load, read_image
-from throttler import Scorer, count_above, select, soft_top_k, standardised, vp_gate, whitening
-from train import PROMPT, RECIPES, SHAPES, tau_at, training_loss
+from throttler import Scorer, select, soft_top_k, vp_gate, whitening
+from train import LOSSES, PROMPT, RECIPES, SHAPES, tau_at, training_loss
 
 # --- ablations --------------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,6 @@ VARIANTS = {  # train.py's flags: each differs in one thing from the first of it
     "papers, Gumbel": ["--recipe", "papers", "--gate", "gumbel"],
     "papers, global denoiser": ["--recipe", "papers", "--denoiser", "global"],
 }
-LOSSES = ("soft_loss", "hard_loss", "deployed_loss")  # on held-out captions: train.held_out_losses
 
 
 def train_variants(args, variants):
@@ -124,22 +123,20 @@ def budgets(args):
     folders = train_variants(args, {name: flags for name, (_, flags) in variants.items()})
     choices, counts = {"all": lambda X, inputs: None}, {}
 
-    def add(name, scorer, count):  # count(z) -> how many tokens of each image: a number, or (B,)
-        def choose(X, inputs):
-            scores = scorer(X)
-            K = count(standardised(scores))
-            counts.setdefault(name, []).extend(K.tolist() if torch.is_tensor(K) else [K] * len(X))
-            return select(scores, K)
-        choices[name] = choose
+    def add(name, choose):
+        def counted(X, inputs):
+            keep = choose(X, inputs)  # (B, K), -1 for no token
+            counts.setdefault(name, []).extend((keep >= 0).sum(1).tolist())
+            return keep
+        choices[name] = counted
 
     for (variant, seed), folder in folders.items():
         scorer, settings = load_pruner(folder)
         scorer = scorer.to(args.device)
         for K in variants[variant][0]:
-            add((variant, "top-K", seed, K), scorer, lambda z, K=K: int(K))
+            add((variant, "top-K", seed, K), chooser(vlm, scorer, settings, K)[0])
             if variant in ("image", "batch"):
-                T = settings["thresholds"][K]["threshold"]
-                add((variant, "threshold", seed, K), scorer, lambda z, T=T: count_above(z, T))
+                add((variant, "threshold", seed, K), chooser(vlm, scorer, settings, f"~{K}")[0])
     answered = accuracies(right_or_wrong(vlm, rows, choices))
     table, ways = {}, dict.fromkeys(name[:2] for name in counts)
     for way in ways:
@@ -157,7 +154,7 @@ def budgets(args):
         by_shapes[variant] = {n: spread_of([k for m, k in kept if m == n]) for n in ("one", "two", "three")}
     show("tokens kept by the threshold ~16, by number of shapes: mean [p10–p90]", ["trained", *by_shapes["image"]],
          ([name, *("{mean:.1f} [{p10}–{p90}]".format(**k) for k in by.values())] for name, by in by_shapes.items()))
-    return {"retention": table, "by_shapes": by_shapes, "steps": args.steps}
+    return {"retention": table, "by_shapes": by_shapes}
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -223,7 +220,7 @@ def probes(args):
         K = max(1, round(share * vlm.tokens))
         choices[f"noise {share}"] = lambda X, inputs, K=K: (
             vp_gate(X, soft_top_k(torch.randn(X.shape[:2], device=X.device), K), mean_X, L), None)
-        choices[f"dropped {share}"] = lambda X, inputs, K=K: random_tokens(X, K)
+        choices[f"dropped {share}"] = lambda X, inputs, K=K: select(torch.rand(X.shape[:2], device=X.device), K)
     torch.manual_seed(0)
     answers = right_or_wrong(vlm, rows, choices)
     right = {name: 100 * mean(mean(r) for r in by.values()) for name, by in answers.items()}
@@ -238,21 +235,23 @@ def probes(args):
 # --- ceiling ----------------------------------------------------------------------------------------------------------
 
 def ceiling(args):
-    """How far choosing goes, and where the scorer falls short: K tokens of each of 50 images, by
+    """How far choosing goes, and where the scorer falls short. The rows, for K tokens of each of 50 images:
 
     captions, answers   no scorer: each image's scores optimised for themselves, by the training graph (gate, presence,
                         falling tau), on five captions of it, or, as no scorer may, on its questions and answers
-    scorer, these 50    a scorer trained on those captions of these 50 images and nothing else: can it fit at all?
+    scorer, these 50    a scorer trained on those captions of these 50 images alone, K for each: can it fit at all?
     scorer              the pruner that ships; and "trained on": the same on 300 images that it was trained on
     """
     folder, vlm = prepare(), load("data/shapes/llava", args.device)
     rows = read_questions(folder / "questions.jsonl")[:250]
     K, steps, recipe = vlm.budget((args.keep or [16])[0]), args.steps or 60, RECIPES["ours"]
     captions = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}")) for i in range(len(rows))]
+    pictures = [read_image(row["image"]) for row in rows]
     texts = {"captions": ([PROMPT] * len(rows), captions),  # five a picture, as there are five questions
              "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
+    batches = {name: [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
+               for name, (asked, said) in texts.items()}
     torch.manual_seed(0)
-    pictures = [read_image(row["image"]) for row in rows]
     mean_X, L = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * len(pictures[::5]))))
 
     def optimise(scorer, parameters, lr, steps, batches, name):
@@ -266,22 +265,20 @@ def ceiling(args):
             optimizer.step()
 
     choices = {"all": lambda X, inputs: None}
-    for name, (asked, said) in texts.items():
-        batches = [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
+    for name in texts:
         keeps = []
-        for inputs in batches:  # ten pictures
+        for inputs in batches[name]:  # ten pictures
             scores = (0.1 * torch.randn(10, vlm.tokens, device=vlm.model.device)).requires_grad_()
             optimise(lambda X, valid: scores.repeat_interleave(5, 0), [scores], 0.05, steps, [inputs], name)
             keeps.append(select(scores.detach(), K).repeat_interleave(5, 0))
-        choices[name] = lambda X, inputs, turn=iter(keeps): next(turn)  # 50 questions at a time, here as there
-        if name == "captions":
-            alone = Scorer(vlm.width).to(vlm.model.device)
-            alone.whiten(mean_X, L)
-            optimise(alone, alone.parameters(), 1e-3, steps * len(batches), batches, "scorer, these 50")
+        choices[name] = lambda X, inputs, kept=iter(torch.cat(keeps)): torch.stack([next(kept) for _ in X])
+    alone = Scorer(vlm.width).to(vlm.model.device)
+    alone.whiten(mean_X, L)
+    optimise(alone, alone.parameters(), 1e-3, steps * len(batches["captions"]), batches["captions"], "scorer, these 50")
     choices["scorer, these 50"] = lambda X, inputs: select(alone(X), K)
     shipped = load_pruner(HERE / "data/shapes/pruner")[0].to(args.device)
     choices["scorer"] = lambda X, inputs: select(shipped(X), K)
-    answered = accuracies(right_or_wrong(vlm, rows, choices, batch=50))
+    answered = accuracies(right_or_wrong(vlm, rows, choices))
     trained = [dict(image=folder / f"train/{i:05d}.jpg", category=category, text=text, label=label) for i in range(300)
                for category, text, label in questions(draw_scene(f"train-{i}")[1], random.Random(f"ceiling-{i}"))]
     pair = {"all, trained on": choices["all"], "scorer, trained on": choices["scorer"]}
