@@ -1669,3 +1669,5 @@ def test_readme_has_not_drifted():
     section = readme.split("## What our measurements say")[1].split("## LLaVA-1.5-7B")[0].splitlines()
     rows = [line for line, next in zip(section, section[1:]) if line.startswith("| ") and not next.startswith("|---")]
     assert rows == list(draw.tables()), "what train.py and bench.py measured, and nothing else"
+    full = json.loads((ROOT / "assets/ablations_full.json").read_text())["ablations"]
+    assert "400 steps took {:.0f} s and {:.0f} s".format(full["ours"]["seconds"], full["papers"]["seconds"]) in readme

@@ -276,7 +276,7 @@ def speed():
 
 def tables():
     """Every row of the README's tables of measurements, in order, from the JSON that train.py and bench.py saved."""
-    read = lambda name: json.loads((HERE / f"{name}.json").read_text())[name]
+    read = lambda file, table=None: json.loads((HERE / f"{file}.json").read_text())[table or file]
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     per_cent = lambda by, whole: [f"{100 * a:.1f}" for a in by.values()] + [f"{retention(by, whole):.1f}"]
     three_losses = lambda end: " / ".join(f"{end[k]:.2f}" if k in end else "–" for k in LOSSES)
@@ -294,9 +294,10 @@ def tables():
     for name, by_category in ceiling.items():
         if not name.startswith("all"):
             yield row(name, *per_cent(by_category, ceiling["all" + ", trained on" * name.endswith("trained on")]))
-    for name, variant in read("ablations").items():
-        kept = map(spread, variant["retention"].values())
-        yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *kept)
+    for file in ("ablations_full", "ablations"):
+        for name, variant in read(file, "ablations").items():
+            kept = [spread(v) if len(v) > 1 else f"{v[0]:.1f}" for v in variant["retention"].values()]
+            yield row(name, f"{variant['hardness']:.2f}", three_losses(variant), *kept)
     budgets = read("budgets")
     for name, at in budgets["retention"].items():
         kept = {K: sum(cell["kept"]) / len(cell["kept"]) for K, cell in at.items()}
