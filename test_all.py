@@ -982,6 +982,8 @@ def test_with_our_recipe_a_hard_alpha_is_deployment_and_without_presence_it_is_n
         assert tiny(coco, tmp_path / name, *flags, "--budget", budget, "--steps", 2) == 0
         gap[name] = [abs(row["hard_loss"] - row["deployed_loss"]) for row in log_of(tmp_path / name)]
     assert max(gap["ours"]) < 2e-5 and min(gap["absent"]) > 1e-2 and min(gap["papers"]) > 1e-2
+    settings = json.loads((tmp_path / "papers/pruner.json").read_text())["settings"]
+    assert settings["standardise"] == (budget == "batch"), "a pool needs a common scale, by either recipe"
 
 
 def test_each_part_of_our_recipe_can_be_left_out(tmp_path, coco):

@@ -179,7 +179,7 @@ def calibrate(vlm, scorer, batches, K):
     """{budget: threshold and counts}: above which z the held-out images have so many tokens on average.
 
     Budgets: ½, ¾, 1, 1½, 2 and 3 times K. Counts: mean, 10th and 90th percentile over the images. An image with no
-    token above the threshold keeps one, so the mean of a low budget comes out a little higher.
+    token above the threshold keeps one, so the mean of a very low budget can come out a little higher.
     """
     if K == "all":
         return {}
@@ -230,8 +230,8 @@ def parse_arguments():
     add("--tau-start", f"tau falls from this ({recipe('tau_start')})", type=float, metavar="TAU")
     add("--tau-end", f"… to this ({recipe('tau_end')})", type=float, metavar="TAU")
     add("--anneal", f"… over this share of the steps ({recipe('anneal')})", type=float, metavar="SHARE")
-    add("--recipe", "the default of every flag whose help names both recipes, and the shape of tau's fall; with ours, "
-        f"--keep, if not given, is a range from half to double ({both('recipe')})", choices=RECIPES)
+    add("--recipe", "the default of every flag whose help names both recipes, and the shape of tau's fall "
+        f"({both('recipe')})", choices=RECIPES)
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--whiten", f"the scorer reads whitened tokens ({recipe('whiten')})", **switch)
     add("--standardise", "tau counts in standard deviations of an image's scores, always with --budget batch "
