@@ -11,127 +11,50 @@ Nothing is patched: the tokens are computed, chosen and gathered here, and the s
 A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the full sequence with
 the dropped tokens masked out in every layer, and keeping all tokens exactly equal to the stock model.
 
-Three backbones, one class each, chosen by config.json's model_type. They differ in how tokens are taken out of the
-encoder and where they go in the prompt, and in nothing else. Where pictures of a batch have different numbers of
-tokens, X is padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
+Three backbones, one class each, chosen by config.json's model_type. They differ in how tokens leave the encoder and
+where they go in the prompt, and in nothing else. Where pictures of a batch have different numbers of tokens, X is
+padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
 """
-import io
-import os
-import re
-import sys
-import warnings
-from functools import partial
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BatchFeature,
-                          GenerationConfig, PreTrainedConfig, Qwen2VLImageProcessorPil)
-from transformers.initialization import no_init_weights
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.utils import logging
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from data.files import InputError, read_image, short  # noqa: F401 (read_image: others import it from here)
+from data.weights import RANDOM, complete, one_line, read_model, supported  # noqa: F401 (RANDOM likewise)
 
-HERE = Path(__file__).resolve().parent
-
-
-class InputError(Exception):
-    """Something the user gave is wrong; the message says what, where and the cure in one line."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def cli(main):
-    """Run a script's main(); an InputError ends it with one line on stderr and exit code 2."""
-    try:
-        main()
-    except InputError as e:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def add_device_arguments(parser):
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32",
+                        help="number type of the frozen VLM (default: %(default)s)")
 
 
-def read_image(path):
-    """Open a picture as upright RGB. InputError if it is missing, no picture, or above pillow's limit of pixels."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-                    image = image.convert("I").point(lambda v: v / 257).convert("L")
-                return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; check the path") from None
-    except Exception as e:  # a decoder may fail in any way
-        reason = " ".join(str(e).split())
-        raise InputError(f"{path}: cannot be read as an image ({reason}); give a JPEG or PNG file") from None
+def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
+    """A frozen VLM from a folder (also relative to this repository) or a hub name, in transformers' own format.
 
-
-def load(path_or_name, device="cpu", dtype=torch.float32):
-    """A frozen VLM from a folder (also relative to this file) or a hub name, in transformers' own format.
-
-    'random:' and a name in RANDOM: the true architecture with random weights and no tokenizer, for timing; on device
-    "meta" without weights, for counting. InputError if there is no such model, or if it is of another kind.
+    `model` may also be a transformers model that is loaded already, given with its processor: it is frozen in place.
+    'random:' and a name in RANDOM: the true architecture with random weights and no processor, for timing; on device
+    "meta" without weights, for counting. attention and device_map are those of from_pretrained().
+    InputError for whatever is wrong with the model: before anything else, it must answer a trial question.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: torch cannot use it on this machine; try --device cpu") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    name = str(path_or_name)
-    if name.startswith("random:"):
-        return random_vlm(name, device, dtype)
-    folder = next((path for path in (Path(name), HERE / name) if path.is_dir()), None)
-    if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError(f"{name}: no such model folder; give one in transformers' format or a hub name (owner/model)")
-    try:
-        kind = PreTrainedConfig.get_config_dict(folder or name)[0].get("model_type")
-        if kind not in BACKBONES:
-            raise InputError(f"{name}: model_type {kind!r} in config.json is not supported; "
-                             f"it must be one of {', '.join(BACKBONES)}")
-        model = AutoModelForImageTextToText.from_pretrained(folder or name, dtype=dtype, use_safetensors=True)
-        processor = BACKBONES[kind].load_processor(folder or name)
-    except (OSError, ValueError, SafetensorError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise InputError(f"{name}: cannot be loaded as a model ({reason}); give a folder in transformers' format, "
-                         "or a hub name with the network at hand") from None
-    return BACKBONES[kind](model.to(device), processor, name)
-
-
-VICUNA = dict(model_type="llama", vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
-QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=128000, rope_theta=1e6,
-            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
-RANDOM = {  # the published configurations, where they differ from the stock one of their class
-    "llava-1.5-7b": dict(model_type="llava", text_config=VICUNA),
-    "llava-next-7b": dict(model_type="llava_next", text_config=VICUNA),
-    "qwen2.5-vl-3b": dict(
-        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=2048, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                         intermediate_size=11008, vocab_size=151936), tie_word_embeddings=True),
-    "qwen2.5-vl-7b": dict(
-        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                         intermediate_size=18944, vocab_size=152064)),
-}
-
-
-def random_vlm(name, device, dtype):
-    """The VLM `name` = 'random:…', made where and in the type that it is to have: a 7B in bfloat16 takes 14 GB."""
-    if name[7:] not in RANDOM:
-        raise InputError(f"{name}: no such architecture; there are {', '.join('random:' + known for known in RANDOM)}")
-    config = AutoConfig.for_model(**RANDOM[name[7:]])
-    with torch.device(device), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.tie_weights()
-    for key, p in model.named_parameters():  # matrices small and random, norms one, biases zero
-        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.constant_(p, not key.endswith("bias"))
-    return BACKBONES[config.model_type](model, None, name)
+    if isinstance(model, PreTrainedModel):
+        name = model.name_or_path or type(model).__name__
+        if processor is None:
+            raise InputError(f"{name}: a loaded model needs its processor; call load(model, processor=…)")
+    else:
+        name = str(model)
+        model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)
+    with one_line(name, "a trial question about a grey picture"):
+        vlm = BACKBONES[supported(model.config.model_type)](model, processor, name)
+        if processor:
+            vlm.trial()
+    return vlm
 
 
 def at_places(values, places, skip=0):
@@ -143,19 +66,43 @@ def at_places(values, places, skip=0):
     return values.gather(1, i.view(*i.shape, *(1,) * (values.dim() - 2)).expand(*i.shape, *values.shape[2:]))
 
 
+def ragged(counts):
+    """{} if all images have as many visual tokens, else {"valid": (B, N) bool, which of a padded row are real}."""
+    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return {} if valid.all() else {"valid": valid}
+
+
+def cells(rows, columns):
+    """(rows·columns, 4): x0, y0, x1, y1 of a grid's cells, row by row, as shares of the picture's sides."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([x, y, x + 1, y + 1], -1).view(-1, 4) / torch.tensor([columns, rows, columns, rows])
+
+
 class VLM:
     """What the backbones share. Frozen: no parameter requires a gradient, but gradients pass through to its inputs.
 
     width: d_v. tokens: N, or None where it varies from picture to picture. image_id: the placeholder's token id.
+    context: the longest sequence. form: the tokens of a prompt beside the picture and the question.
     """
-    tokens, load_processor = None, AutoProcessor.from_pretrained
 
     def __init__(self, model, processor, name):
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
-        self.image_id = model.config.image_token_id
-        old, pad = model.generation_config, processor.tokenizer.pad_token_id if processor else 0
-        model.generation_config = GenerationConfig(do_sample=False, bos_token_id=old.bos_token_id,
-                                                   eos_token_id=old.eos_token_id, pad_token_id=pad)
+        self.image_id, text = model.config.image_token_id, model.config.get_text_config()
+        self.context, self.form = text.max_position_embeddings, 0
+        layers = getattr(text, "layer_types", None) or []
+        if set(layers) - {"full_attention"} or (not layers and getattr(text, "sliding_window", None)):
+            raise InputError("sliding-window attention reaches too far over dropped tokens; give a model without it")
+        complete(model, processor)
+
+    @torch.no_grad()
+    def trial(self):
+        """A question about a grey picture, and one token of its answer. Any error if the parts are not of one model."""
+        inputs = self.inputs([Image.new("RGB", (64, 48), "grey")], ["?"])
+        X, places = self.encode(inputs), self.visual(inputs).sum().item()  # (1, N, d_v)
+        if places != X.shape[1]:
+            raise InputError(f"a prompt has {places} places for {X.shape[1]} visual tokens; mend the processor's files")
+        self.form = (inputs["input_ids"] != self.image_id).sum().item() - len(self.processor.tokenizer("?").input_ids)
+        self.generate(inputs, X, torch.zeros(1, 1, dtype=torch.long, device=X.device), max_new_tokens=1)
 
     def recompute(self):
         """Gradient checkpointing: the backward pass computes the LLM's activations again instead of keeping them."""
@@ -165,57 +112,73 @@ class VLM:
         # the first is transformers' new name for the second
         getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)({"use_reentrant": False})
 
-    def memory_plan(self, learned, B, recompute=False):
-        """A line on the bytes of a training step: B images at once, captions of 20 tokens, `learned` parameters."""
+    def memory(self, learned, B, recompute=False):
+        """Bytes of a training step by part: B images at once, captions of 20 tokens, `learned` parameters."""
         c, size, N = self.model.config.get_text_config(), self.model.dtype.itemsize, self.tokens or 2880
         L = N + 40
         D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
         # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the inputs of two norms
-        # in float32; q, k, v and the attention's output (D each); three tensors of the feed-forward's width F.
-        layer = 2 * 4 * D + (4 * D + 3 * F) * size
+        # in float32; q, k, v, the attention's output (D each), one number a head; three tensors of the MLP's width F.
+        layer = 2 * 4 * D + (4 * D + 3 * F) * size + 4 * c.num_attention_heads
         kept = L * (layers * D * size + layer if recompute else layers * layer)
         kept += 60 * N * self.width * size + 20 * c.vocab_size * (size + 8)  # scorer and denoiser; logits
         frozen = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return (f"memory: frozen {frozen / 1e9:.2f} GB; learned {16 * learned / 1e9:.2f} GB (weights, gradients, "
-                f"AdamW's two moments); activations about {B * kept / 1e9:.3f} GB for {B} images at once")
+        # learned: weights, gradients and AdamW's two moments
+        return {"frozen": frozen, "learned": 16 * learned, "activations": B * kept}
 
-    def budget(self, keep, X=None, valid=None):
-        """How many tokens `keep` asks for: a whole number, 'all', or a share as '11.1%' of each picture's own tokens.
+    def images_that_fit(self, learned, free_bytes, recompute=False):
+        """How many images fit at once in what a device has free beside the frozen model; a tenth of it is a reserve."""
+        plan = self.memory(learned, 1, recompute)
+        return max(0, int((0.9 * free_bytes - plan["learned"]) // plan["activations"]))
 
-        An int if all pictures of X (B, N, …) have N tokens, or if N is fixed; with valid (B, N) one for each, (B,). A
-        picture that has fewer tokens keeps all. Without X where N varies, `keep` itself. InputError for anything else.
+    def check_text(self, text, where):
+        """InputError for a question, or a prompt and its caption, that the model cannot take; `where` says which.
+
+        A token is at least a byte, so few texts need counting. Where N varies, inputs() counts the picture's part.
         """
-        N, text = self.tokens, str(keep)
-        K = int(text) if text.isdecimal() else 0
-        share = 1 if text == "all" else float(text[:-1]) / 100 if re.fullmatch(r"\d+(\.\d+)?%", text) else 0
-        if not (0 < share <= 1 or 1 <= K <= (N or K)):
-            whole = "a whole number" if N is None else f"a whole number from 1 to {N}, the visual tokens of {self.name}"
-            raise InputError(f"--keep {keep}: must be {whole}, a share of the tokens as 11.1%, or all")
-        if valid is not None:
-            N = valid.sum(1)  # (B,)
-            return (N.double() * share).round().long().clamp_min(1) if share else N.clamp_max(K)
-        N = N if X is None else X.shape[1]
-        return K or keep if N is None else max(1, round(N * share)) if share else min(K, N)
+        placeholder, room = self.processor.image_token, self.context - self.form - (self.tokens or 0)
+        if placeholder in text:
+            raise InputError(f"{where} has {placeholder} in it, which stands for the picture; take it out")
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise InputError(f"{where} has half a character in it (a lone surrogate); take it out") from None
+        if size > room and len(self.processor.tokenizer(text).input_ids) > room:
+            raise InputError(f"{where} is longer than the {room} tokens left in the model's context; shorten it")
 
     def inputs(self, images, questions, answers=None):
-        """Tensors for B pictures and B questions in the model's own chat form, left-padded to length L.
+        """Tensors for B pictures (PIL) and B questions in the model's own chat form, left-padded to length L.
 
         input_ids, attention_mask (B, L), pixel_values; with answers (captions), which then follow the prompt, also
         labels (B, L): the answer's tokens and the end of text, -100 elsewhere. And what finish() adds.
+        InputError for a picture that the processor refuses, and a text that does not fit.
         """
-        placeholder = self.processor.tokenizer.convert_ids_to_tokens(self.image_id)
-        if any(placeholder in q for q in questions):
-            raise InputError(f"a question has {placeholder} in it, which stands for the picture; take it out")
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
-        prompts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        texts, tokenizer = prompts, self.processor.tokenizer
+        tokenizer, placeholder, prompts = self.processor.tokenizer, self.processor.image_token, []
+        for question in questions:
+            self.check_text(question, "a question")
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        if tokenizer(prompts[0]).input_ids[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, too
+            prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
+        texts = prompts
         if answers is not None:
             texts = [p + " " * (not p[-1:].isspace()) + a + tokenizer.eos_token for p, a in zip(prompts, answers)]
-        inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        if any(text.count(placeholder) != 1 for text in texts):
+            raise InputError(f"{placeholder} stands for the picture: chat templates must write it once, a text never")
+        try:
+            inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        except Exception as e:
+            raise InputError(f"the model's processor refuses it ({short(e)})") from None
+        ids = inputs["input_ids"] = inputs["input_ids"] * inputs["attention_mask"]  # padding: token 0, any would do
+        L, known = ids.shape[1], len(self.model.get_input_embeddings().weight)
+        if L > self.context:
+            raise InputError(f"picture and text are {L} tokens, and the model's context is {self.context}; shorten one")
+        if (ids.masked_fill(ids == self.image_id, 0) >= known).any():
+            raise InputError(f"the tokenizer uses tokens above the model's {known}; get both of one model")
         if answers is not None:
             told = [len(t) - len(p) for t, p in zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids)]
-            from_end = torch.arange(inputs["input_ids"].shape[1] - 1, -1, -1)  # L-1 … 0
-            inputs["labels"] = inputs["input_ids"].where(from_end < torch.tensor(told)[:, None], -100)
+            from_end = torch.arange(L - 1, -1, -1)  # L-1 … 0
+            inputs["labels"] = ids.where(from_end < torch.tensor(told)[:, None], -100)
         return self.finish(inputs)
 
     def dummy_inputs(self, batch=1, text_tokens=95, image_size=None):
@@ -241,7 +204,7 @@ class VLM:
 
     def text(self, ids, visual):
         """Embeddings (B, L, D) of all that is no visual token."""
-        return self.model.get_input_embeddings()(ids.masked_fill(ids == self.image_id, 0))
+        return self.model.get_input_embeddings()(ids.masked_fill(ids == self.image_id, 0)).to(ids.device)
 
     def embed(self, inputs, X, keep=None):
         """The sequence for the LLM: inputs_embeds (B, L', D), attention_mask (B, L'), position_ids (and labels).
@@ -252,7 +215,9 @@ class VLM:
         """
         visual, skip = self.visual(inputs), 0
         rows = {"ids": inputs["input_ids"], "mask": inputs["attention_mask"].bool(), "visual": visual,
-                "position_ids": self.positions(inputs), **({"labels": inputs["labels"]} if "labels" in inputs else {})}
+                "position_ids": self.positions(inputs)}
+        if "labels" in inputs:
+            rows["labels"] = inputs["labels"]
         if keep is not None:
             B, N, _ = X.shape  # images, visual tokens
             kept = torch.zeros(B, N + 1, dtype=torch.bool, device=X.device).scatter(1, keep + 1, True)[:, 1:]  # (B, N)
@@ -265,48 +230,36 @@ class VLM:
             skip = (keep < 0).sum(1, keepdim=True)
         ids, mask = rows.pop("ids"), rows.pop("mask")
         visual = rows.pop("visual") & mask
-        Z = self.project(X.to(self.model.dtype))  # (B, K, D)
+        Z = self.project(X.to(self.model.dtype)).to(ids.device)  # (B, K, D)
         # out of place, so that gradients pass
         embeds = torch.where(visual[..., None], at_places(Z, visual, skip), self.text(ids, visual))  # (B, L', D)
         return {"inputs_embeds": embeds, "attention_mask": mask.long(), **rows}
 
-    def loss(self, inputs, X, keep=None, alpha=None):
-        """Next-token loss on the labels (the caption), in nats per token.
-
-        With alpha (B, N), visual token i takes part in every layer's attention with weight alpha_i: log alpha_i is
-        added to its logit as a key. At alpha = 1 it is present; below 1e-8 it is absent, exactly as if dropped.
-        """
+    def loss(self, inputs, X, keep=None):
+        """Next-token loss on the labels (the caption), in nats per token. NaN where a feature or logit is no number."""
         sequence = self.embed(inputs, X, keep)
-        labels = sequence.pop("labels")
-        if alpha is not None:
-            log_alpha = alpha.clamp_min(1e-8).log().to(self.model.dtype)  # softmax_j(q_i·k_j + log α_j)
-            log_alpha = log_alpha.masked_fill(alpha < 1e-8, torch.finfo(log_alpha.dtype).min)
-            sequence["attention_mask"] = self.presence_mask(inputs, log_alpha)
+        labels = sequence.pop("labels")[:, 1:]
         # logits at the caption only: the state before each of its tokens
         hidden = self.model.model.language_model(**sequence, use_cache=False).last_hidden_state[:, :-1]
-        said = labels[:, 1:] != -100
-        logits = self.model.lm_head(hidden[said])  # (words, V)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:][said])
-
-    def presence_mask(self, inputs, log_alpha):
-        """A float mask for SDPA (B, 1, L, L): causal and padding as ever, plus log alpha in the image's columns."""
-        visual, mask = self.visual(inputs), inputs["attention_mask"].bool()  # (B, L)
-        causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
-        columns = torch.where(visual, at_places(log_alpha, visual), 0)  # (B, L)
-        allowed = causal & mask[:, None, None, :]
-        return torch.where(allowed, columns[:, None, None, :], torch.finfo(log_alpha.dtype).min)
+        labels = labels.to(hidden.device)
+        logits = self.model.lm_head(hidden[labels != -100])  # (words, V)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labels != -100])
 
     @torch.no_grad()
     def generate(self, inputs, X, keep=None, max_new_tokens=64, **options):
-        """Greedy answers, a list of B strings. Positions go on from the last original one."""
-        ids = self.model.generate(**self.embed(inputs, X, keep), max_new_tokens=max_new_tokens, **options)
+        """Greedy answers, B strings: positions continue from the last original one. InputError for logits of NaN."""
+        finite = [X.isfinite().all()]
+
+        def watch(ids, logits):
+            finite.append(logits.amax(-1).isfinite().all())
+            return logits
+
+        ids = self.model.generate(**self.embed(inputs, X, keep), max_new_tokens=max_new_tokens,
+                                  logits_processor=[watch], **options)
+        if not all(finite):
+            raise InputError("features or logits are no finite numbers: the weights are damaged, or overflow in this "
+                             "number type; try --dtype float32")
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
-
-
-def ragged(counts):
-    """{} if all images have as many visual tokens, else {"valid": (B, N) bool, which of a padded row are real}."""
-    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-    return {} if valid.all() else {"valid": valid}
 
 
 class Llava(VLM):
@@ -316,7 +269,7 @@ class Llava(VLM):
         super().__init__(model, processor, name)
         config, vision = model.config, model.config.vision_config
         if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            raise InputError(f"{name}: vision tower {vision.model_type!r} is not supported; it must be CLIP or SigLIP")
+            raise InputError(f"vision tower {vision.model_type!r} is not supported; it must be CLIP or SigLIP")
         layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
         self.layers, self.first = [layers] if isinstance(layers, int) else layers, int(strategy == "default")
         class_token, self.side = int(vision.model_type == "clip_vision_model"), vision.image_size // vision.patch_size
@@ -336,6 +289,11 @@ class Llava(VLM):
         """The frozen projector, token by token: (B, N, d_v) -> (B, N, D)."""
         return self.model.model.multi_modal_projector(X)
 
+    def boxes(self, inputs):
+        """(N, 4): x0, y0, x1, y1 of each token in the square that the model saw, 0 … 1; a class token's are all 0."""
+        patches = cells(self.side, self.side)
+        return F.pad(patches, (0, 0, self.tokens - len(patches), 0))
+
     def dummy_pixels(self, batch, image_size):
         side = self.model.config.vision_config.image_size
         return {"pixel_values": torch.randn(batch, 3, side, side)}, self.tokens
@@ -350,7 +308,7 @@ class LlavaNext(Llava):
     def __init__(self, model, processor, name):
         super().__init__(model, processor, name)
         if self.tokens != self.side ** 2:
-            raise InputError(f"{name}: a class token among the patches is not supported in LLaVA-NeXT; set "
+            raise InputError("a class token among the patches is not supported in LLaVA-NeXT; set "
                              "vision_feature_select_strategy to 'default' for CLIP, to 'full' for SigLIP")
         self.tile_tokens, self.tokens = self.tokens, None
 
@@ -383,7 +341,7 @@ class LlavaNext(Llava):
 
     def text(self, ids, visual):
         newline = ((ids == self.image_id) & ~visual)[..., None]
-        return torch.where(newline, self.model.model.image_newline, super().text(ids, visual))
+        return torch.where(newline, self.model.model.image_newline.to(ids.device), super().text(ids, visual))
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -391,35 +349,30 @@ class LlavaNext(Llava):
         X = super().encode(inputs).flatten(0, 1)[inputs["patches"]]
         return X * inputs["valid"][..., None] if "valid" in inputs else X
 
+    def boxes(self, inputs):
+        """(N, 4): as above; the whole picture's patches, then the tiles', which lie around its middle with padding."""
+        (height, width), config, side = inputs["image_sizes"][0].tolist(), self.model.config, self.side
+        rows, columns = get_anyres_image_grid_shape(
+            (height, width), config.image_grid_pinpoints, config.vision_config.image_size)  # of tiles
+        tiles = cells(rows * side, columns * side).view(rows, side, columns, side, 4).transpose(1, 2).reshape(-1, 4)
+        scale = min(rows / height, columns / width)
+        filled = torch.tensor([width * scale / columns, height * scale / rows]).repeat(2)  # the picture's share of them
+        tiles = ((tiles - 0.5) / filled + 0.5).clamp(0, 1)
+        patches = self.pack(inputs["image_sizes"][:1].cpu())[0]
+        return torch.cat([cells(side, side), tiles])[patches[patches >= 0]]
+
     def dummy_pixels(self, batch, image_size):
         sizes, side = torch.tensor([image_size or (672, 672)] * batch), self.model.config.vision_config.image_size
         pixels = torch.randn(batch * self.tiles(sizes[0]), 3, side, side)
         return {"pixel_values": pixels, "image_sizes": sizes}, len(self.pack(sizes)[0])
 
 
-class QwenProcessor:
-    """Tokenizer and image processor. The stock Qwen2_5_VLProcessor needs torchvision, for videos."""
-
-    def __init__(self, path):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.apply_chat_template = partial(self.tokenizer.apply_chat_template, tokenize=False)
-        self.batch_decode = self.tokenizer.batch_decode
-
-    def __call__(self, images, text, **kwargs):
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        counts = pixels["image_grid_thw"].prod(1) // self.image_processor.merge_size ** 2
-        text = [t.replace("<|image_pad|>", "<|image_pad|>" * n) for t, n in zip(text, counts.tolist())]
-        return BatchFeature({**self.tokenizer(text, **kwargs), **pixels})
-
-
 class Qwen(VLM):
     """Qwen2.5-VL: any picture size. A visual token is a merged group of 2 x 2 patches, d_v their four features."""
-    load_processor = QwenProcessor
 
     def __init__(self, model, processor, name):
         super().__init__(model, processor, name)
-        self.vision = model.model.visual
+        self.vision, self.tokens = model.model.visual, None
         self.width = model.config.vision_config.hidden_size * self.vision.spatial_merge_unit
 
     def finish(self, inputs):
@@ -451,6 +404,11 @@ class Qwen(VLM):
         """The frozen merger, group by group: (B, N, d_v) -> (B, N, D)."""
         B, N, _ = X.shape
         return self.vision.merger(X.reshape(B * N * self.vision.spatial_merge_unit, -1)).view(B, N, -1)
+
+    def boxes(self, inputs):
+        """(N, 4): as above, of the first picture's groups of patches."""
+        _, rows, columns = inputs["grid"][0]
+        return cells(rows // self.vision.spatial_merge_size, columns // self.vision.spatial_merge_size)
 
     def dummy_pixels(self, batch, image_size):
         m, unit = self.vision.spatial_merge_size, self.vision.patch_size * self.vision.spatial_merge_size

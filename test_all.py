@@ -4,7 +4,8 @@ Each claim of the method against something that cannot share our bug. Run: pytho
 Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
 simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
 """
-import base64
+import argparse
+import ast
 import copy
 import hashlib
 import io
@@ -14,64 +15,78 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
-import textwrap
-import warnings
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
                           LlavaForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor,
                           Qwen2VLImageProcessorPil)
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bench
 import infer
-import model
 import train
-from assets import draw
-from data import files, questions
+from data import coco as coco_files
+from data import files, pictures, pruner, questions
+from data import run as running
+from data.budget import Budget, quantiles, threshold
+from data.files import InputError, cli, read_image
 from data.shapes import prepare as shapes
-from data.shapes import study
+from data.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
-from model import InputError, cli, load, read_image
-from throttler import (Attention, Scorer, count_above, select, soft_top_k, standardised, threshold, vp_gate,
-                       whitening)
+from eval import accuracy, criteria
+from model import Llava, load
+from results import study
+from throttler import (Attention, Scorer, count_above, hardness_of, select, select_diverse, soft_top_k, standardised,
+                       vp_gate, whitening)
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data/shapes/llava"
 EXAMPLES = sorted((ROOT / "data/shapes/examples").glob("*.jpg"))
-SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--device", "cpu")
+FLOORS = [("throttler", "data"), ("model", "denoiser"), ("infer",), ("eval",), ("train", "bench"), ("results",)]
+TEMPLATE = (TINY / "chat_template.jinja").read_text()
 QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
+CAPTIONS = ["One shape.", "Two.", "Three shapes: a red"]
+VOCAB = json.loads((TINY / "config.json").read_text())["text_config"]["vocab_size"]
+LLAMA = dict(model_type="llama", vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2)
+CLIP = dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, image_size=32, patch_size=8)
+LLAVA = dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4)
+SIGLIP = dict(vision_config={**CLIP, "model_type": "siglip_vision_model"}, vision_feature_layer=-1)
+GRID = [[32, 64], [64, 32], [64, 64], [96, 32]]
+MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+TINY_CONFIGS = {
+    "llava": LLAVA,
+    "llava, full": {**LLAVA, "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, 1]},
+    "llava, SigLIP": {**LLAVA, **SIGLIP, "vision_feature_select_strategy": "full"},
+    "llava_next": {**LLAVA, "model_type": "llava_next", "image_grid_pinpoints": GRID},
+    "qwen2_5_vl": dict(
+        model_type="qwen2_5_vl", image_token_id=VOCAB, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8,
+                           window_size=32, fullatt_block_indexes=[1]),
+        text_config={**LLAMA, "model_type": "qwen2_5_vl_text", "vocab_size": VOCAB + 1, "rope_parameters": MROPE}),
+}
+SIZES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
+PICTURE = EXAMPLES[0]
+SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--keep", 16, "--device", "cpu")
+BOXES = torch.tensor([(0, 0, 0, 0), (0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2), (0, 0, 2, 2)]) / 2
 
 
 @pytest.fixture(scope="module")
 def vlm():
-    """The tiny LLaVA in float64, so that equalities can be tested to rounding (Llama's own norm rounds to float32)."""
-    vlm = load(TINY, dtype=torch.float64)
-    for name, norm in [(n, m) for n, m in vlm.model.named_modules() if isinstance(m, LlamaRMSNorm)]:
-        exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64).requires_grad_(False)
-        exact.load_state_dict(norm.state_dict())
-        vlm.model.set_submodule(name, exact)
-    return vlm
-
-
-@pytest.fixture(scope="module")
-def scene(vlm):
-    """Three pictures, three questions of different lengths (so rows are padded), and their features."""
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], QUESTIONS)
-    return inputs, vlm.encode(inputs)
+    return load(TINY)
 
 
 # --- soft top-K -----------------------------------------------------------------------------------------------------
@@ -167,7 +182,7 @@ def test_alpha_becomes_the_selection_as_tau_falls():
 def features(vlm):
     """(images, 144, 128) of a real encoder: far from normalised, and of low rank."""
     images = [shapes.draw_scene(f"test-gate-{i}")[0] for i in range(200)]
-    return vlm.encode(vlm.inputs(images, ["?"] * len(images)))
+    return vlm.encode(vlm.inputs(images, ["?"] * len(images))).double()
 
 
 def covariance(X):
@@ -262,204 +277,66 @@ def test_attention_is_torchs_own():
     torch.testing.assert_close(ours(x), stock(x, x, x)[0], atol=1e-6, rtol=1e-5)
 
 
-# --- the frozen VLM: what is deployed -------------------------------------------------------------------------------
+# --- budgets and choices ----------------------------------------------------------------------------------------------
 
-def test_keep_all_is_the_stock_model(vlm, scene):
-    inputs, X = scene
-    ours = vlm.model.generate(**vlm.embed(inputs, X), max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
-    stock = vlm.model.generate(**inputs, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
-    assert ours.sequences.equal(stock.sequences[:, inputs["input_ids"].shape[1]:])
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-9, rtol=0)
-    everything = torch.arange(vlm.tokens).expand(3, -1)
-    torch.testing.assert_close(vlm.embed(inputs, X, everything)["inputs_embeds"], vlm.embed(inputs, X)["inputs_embeds"])
-
-
-def logits_of(vlm, sequence):
-    """Logits of the prefill's last state and of each of eight decoded tokens, (8, B, V)."""
-    out = vlm.model.generate(**sequence, max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
-    return torch.stack(out.logits)
+def test_budgets_are_parsed_once_and_count():
+    for text, N, K in (("16", 144, 16), ("16", 9, 9), ("11.1%", 576, 64), ("11.1%", 144, 16), ("all", 144, 144),
+                       ("~16", 144, 16), ("0.1%", 144, 1), ("100%", 7, 7)):
+        budget = Budget.parse(text)
+        assert budget.of(N) == K and budget.of(torch.tensor([N, N])).tolist() == [K, K]
+        assert Budget.parse(str(budget)) == budget
+    assert Budget.parse("~16").average and str(Budget.parse("~16").exact) == "16" and Budget.parse("all").everything
+    assert str(Budget.parse("16").times(0.5)) == "8" and str(Budget.parse("20%").times(10)) == "all"
+    for bad in ("0", "-1", "1.5", "", "~", "~all", "101%", "0%", "8:32", "x", "1e3", "nan%", "٣"):
+        with pytest.raises(ValueError, match="is no budget"):
+            Budget.parse(bad)
 
 
-def test_pruning_is_the_full_model_with_pruned_tokens_masked(vlm, scene):
-    inputs, X = scene
-    keep = select(torch.randn(3, vlm.tokens, generator=torch.Generator().manual_seed(0)), 16)
-    pruned, full = vlm.embed(inputs, X, keep), vlm.embed(inputs, X)
-    assert pruned["inputs_embeds"].shape[1] == full["inputs_embeds"].shape[1] - vlm.tokens + 16
-    chosen = torch.zeros(3, vlm.tokens, dtype=torch.long).scatter(1, keep, 1)
-    masked = full["attention_mask"].masked_scatter(inputs["input_ids"] == vlm.image_id, chosen)
-    oracle = logits_of(vlm, {**full, "attention_mask": masked})
-    torch.testing.assert_close(logits_of(vlm, pruned), oracle, atol=1e-9, rtol=0)
-    # a deliberate mistake must be seen: positions closed up
-    closed = (pruned["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    assert (logits_of(vlm, {**pruned, "position_ids": closed}) - oracle).abs().max() > 1e-3
-
-
-def test_batched_answers_are_those_of_one_by_one(vlm, scene):
-    inputs, X = scene
-    keep = select(X.norm(dim=-1), 16)
-    batched = vlm.generate(inputs, X, keep, max_new_tokens=8)
-    alone = [vlm.generate(vlm.inputs([read_image(p)], [q]), X[i:i + 1], keep[i:i + 1], max_new_tokens=8)[0]
-             for i, (p, q) in enumerate(zip(EXAMPLES, QUESTIONS))]
-    assert batched == alone
-
-
-def test_loss_is_the_stock_loss(vlm, scene):
-    images = [read_image(p) for p in EXAMPLES[:3]]
-    captions = ["One shape.", "Two shapes: a red circle at the top left and so on.", "É"]  # any text can be encoded
-    inputs = vlm.inputs(images, [train.PROMPT] * 3, captions)
-    told = [vlm.processor.tokenizer.decode(row[row != -100]).strip() for row in inputs["labels"]]
-    assert told == [c + "</s>" for c in captions]
-    torch.testing.assert_close(vlm.loss(inputs, vlm.encode(inputs)), vlm.model(**inputs).loss.double(), atol=2e-6, rtol=0)
-
-
-def test_presence_at_0_and_1_is_the_deployed_cut(vlm, scene):
-    """log alpha in the attention: alpha of ones and zeros gives the loss of the tokens kept and dropped."""
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], [train.PROMPT] * 3, ["One shape.", "Two.", "Three shapes: a"])
-    X = vlm.encode(inputs)
-    keep = select(torch.randn(3, vlm.tokens, generator=torch.Generator().manual_seed(2)), 16)
-    alpha = torch.zeros(3, vlm.tokens, dtype=X.dtype).scatter(1, keep, 1.0)
-    torch.testing.assert_close(vlm.loss(inputs, X, alpha=alpha), vlm.loss(inputs, X, keep), atol=1e-5, rtol=0)
-    torch.testing.assert_close(vlm.loss(inputs, X, alpha=torch.ones_like(alpha)), vlm.loss(inputs, X), atol=1e-9, rtol=0)
-
-
-# --- the whole path -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("presence", [True, False])
-def test_scorer_gradient_is_finite_differences_through_everything(vlm, presence):
+def test_rows_with_counts_of_their_own_and_padding():
     torch.manual_seed(0)
-    scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
-    torch.nn.init.normal_(denoiser.block.mlp[-1].weight, std=0.02)
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, ["Two shapes: a red", "One"])
-    X = vlm.encode(inputs)
-    mean, L = (t.double() for t in whitening(X))
-    noise = torch.randn_like(X)
-
-    def loss():
-        alpha = soft_top_k(scorer(X), 16, 0.5)
-        X_bar = denoiser(vp_gate(X, alpha, mean, L, noise))
-        return vlm.loss(inputs, X_bar, alpha=alpha if presence else None)
-
-    loss().backward()
-    for weight in (scorer.head.weight, scorer.blocks[0].attn.qkv.weight, denoiser.block.attn.value.weight,
-                   scorer.blocks[1].mlp[0].bias):
-        direction = torch.randn_like(weight) / weight.numel() ** 0.5
-        sides = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight += sign * 1e-5 * direction
-                sides.append(loss().item())
-                weight -= sign * 1e-5 * direction
-        numeric = (sides[0] - sides[1]) / 2e-5
-        assert (weight.grad * direction).sum().item() == pytest.approx(numeric, rel=1e-4, abs=1e-9)
-    assert all(p.grad is None and not p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
+    scores, K = torch.randn(3, 12), torch.tensor([2, 5, 3])
+    scores[2, 4:] = -torch.inf
+    for keep in (select(scores, K), select_diverse(scores, torch.randn(3, 12, 8), K)):
+        assert keep.shape == (3, 5) and (keep >= 0).sum(1).tolist() == [2, 5, 3]
+        assert (keep[2][keep[2] >= 0] < 4).all(), "padding is never kept"
+        assert all(row.tolist() == sorted(row.tolist()) for row in keep), "ascending, -1 at the left"
 
 
-def parts_of(recipe):
-    return {name: train.RECIPES[recipe][name] for name in ("standardise", "presence")}
-
-
-@pytest.mark.parametrize("gate", ["vp", "scale", "gumbel"])
-@pytest.mark.parametrize("recipe", ["ours", "papers"])
-def test_every_gate_and_recipe_sends_a_gradient_to_the_scorer(vlm, gate, recipe):
+def test_diverse_choice_is_the_greedy_loop_written_out():
     torch.manual_seed(0)
-    scorer, denoiser = Scorer(vlm.width), Denoiser(vlm.width)
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, ["Two shapes: a red", "One"])
-    statistics = whitening(vlm.encode(inputs))
-    loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, gate, **parts_of(recipe))
-    loss.backward()
-    torch.testing.assert_close(alpha.detach().sum(1), torch.full((2,), 16.0))
-    assert (gate == "gumbel") == bool(((alpha - alpha.round()).abs() < 1e-5).all()), "only Gumbel's choice is hard"
-    assert all(p.grad.isfinite().all() for p in scorer.parameters()) and scorer.head.weight.grad.abs().sum() > 0
+    scores, X = torch.randn(4, 20), torch.randn(4, 20, 6)
+    for row in range(4):
+        z = (scores[row] - scores[row].mean()) / (scores[row].var(correction=0) + 1e-5).sqrt()
+        kept = [scores[row].argmax().item()]
+        while len(kept) < 7:
+            value = {i: math.exp(z[i] / 2) * min(1 - F.cosine_similarity(X[row, i], X[row, j], dim=0).item() for j in kept)
+                     for i in range(20) if i not in kept}
+            kept.append(max(value, key=value.get))
+        assert select_diverse(scores, X, 7)[row].tolist() == sorted(kept)
+    twins = torch.ones(1, 6, 3)
+    assert select_diverse(torch.randn(1, 6), twins, 4).unique().numel() == 4, "no token twice, even if all are alike"
 
 
-@pytest.mark.parametrize("recipe", ["ours", "papers"])
-def test_a_step_costs_twice_the_forward(recipe):
-    """No gradient of frozen weights, logits at the caption only; and the memory plan against what autograd keeps."""
-    vlm, captions = load(TINY), ["Two shapes: a red", "One"]
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:2]], [train.PROMPT] * 2, captions)
-    X = vlm.encode(inputs)
-    scorer, denoiser, statistics = Scorer(vlm.width), Denoiser(vlm.width), whitening(X)
-    learned = [*scorer.parameters(), *denoiser.parameters()]
-    fixed, kept = {p.untyped_storage().data_ptr() for p in (*vlm.model.parameters(), *learned)}, {}
-
-    def note(t):
-        kept[t.untyped_storage().data_ptr()] = t  # holds it, so that no two have one address
-        return t
-
-    def flops(f):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that is always counted
-            f()
-        return counter.get_total_flops()
-
-    def step():
-        train.training_loss(vlm, scorer, denoiser, statistics, inputs, 16, 0.5, **parts_of(recipe))[0].backward()
-
-    with torch.no_grad():
-        encoder, forward = flops(lambda: vlm.encode(inputs)), flops(lambda: vlm.loss(inputs, X))
-        pruner = flops(lambda: denoiser(vp_gate(X, scorer(X).sigmoid(), *statistics)))
-        all_logits = flops(lambda: vlm.model.lm_head(torch.zeros(*inputs["input_ids"].shape, 160)))
-        assert flops(lambda: vlm.model(**inputs)) - encoder - forward > 0.8 * all_logits
-    assert flops(step) <= 2.2 * forward + encoder + 3 * pruner  # only the pruner's own weights get a gradient
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        step()
-    kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in fixed)
-    planned = float(re.search(r"about ([\d.]+) GB", vlm.memory_plan(len(learned), 2))[1]) * 1e9
-    assert 0.6 * planned < kept < 1.2 * planned
+def test_a_threshold_keeps_what_lies_above_it():
+    torch.manual_seed(0)
+    z = standardised(torch.randn(7, 40) ** 3)
+    for total in (7 * 5, 7 * 12, 1, 7 * 40):
+        T = threshold(z.flatten(), total)
+        assert (z > T).sum() == total
+        keep = select(z, count_above(z, T))
+        for row, kept in zip(z, keep):
+            above = (row > T).nonzero().flatten().tolist()  # in their original order
+            assert kept[kept >= 0].tolist() == (above or [row.argmax().item()]), "at least one"
+    table = quantiles(torch.cat([z.flatten(), torch.full((9,), -torch.inf)]))  # padding does not count
+    assert table["shares"][0] == 1 / 280 and table["shares"][-1] == 1
+    for share, T in zip(table["shares"], table["values"]):
+        assert (z > T).double().mean().item() == pytest.approx(share)
 
 
-def test_gradient_checkpointing_changes_nothing(vlm):
-    """Also with gaps in the positions, which transformers takes for packed sequences where there is no mask."""
-    inputs = vlm.inputs([read_image(EXAMPLES[0])], [train.PROMPT], ["Two shapes: a red"])
-    X, llm = vlm.encode(inputs), vlm.model.model.language_model
-    keep = select(torch.randn(1, vlm.tokens, generator=torch.Generator().manual_seed(0)), 16)
-    alpha = torch.rand(1, vlm.tokens, generator=torch.Generator().manual_seed(0), dtype=X.dtype)
-
-    def results():
-        for arguments in ({}, {"keep": keep}, {"alpha": alpha}):
-            x = X.clone().requires_grad_()
-            loss = vlm.loss(inputs, x, **arguments)
-            yield from (loss, *torch.autograd.grad(loss, x))
-
-    plain = list(results())
-    recomputed = []
-    hook = llm.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
-    try:
-        vlm.recompute()
-        for ours, theirs in zip(results(), plain):
-            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
-        assert len(recomputed) == 6, "it must run twice for each loss"
-        sequence = vlm.embed(inputs, X, keep)
-        del sequence["labels"], sequence["attention_mask"]
-        ones = torch.ones_like(sequence["position_ids"])
-        trap, sound = llm(**sequence, use_cache=False), llm(**sequence, attention_mask=ones, use_cache=False)
-        assert (trap.last_hidden_state - sound.last_hidden_state).abs().max() > 1e-3, "the trap is gone: then this test shows nothing"
-    finally:
-        hook.remove()
-        vlm.model.eval()  # which turns it off
-
-
-# --- the embedded default -------------------------------------------------------------------------------------------
-
-def test_stock_transformers_loads_the_tiny_llava():
-    model, processor = LlavaForConditionalGeneration.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-    assert processor.apply_chat_template(chat, add_generation_prompt=True) == "USER: <image>\nWhat is it? ASSISTANT:"
-    assert model.config.vision_feature_layer == -2 and (96 // model.config.vision_config.patch_size) ** 2 == 144
-    text = "A dog's “café” 日本, 100 %"
-    assert processor.tokenizer.decode(processor.tokenizer(text, add_special_tokens=False).input_ids) == text
-    assert sum(f.stat().st_size for f in TINY.iterdir()) < 6e6
-
-
-def test_scenes_are_unambiguous_and_splits_disjoint():
-    seen = set()
-    for split in ("train", "test", "pretrain"):
-        for i in range(40):
-            image, objects = shapes.draw_scene(f"{split}-{i}")
-            seen.add(image.tobytes())
-            assert len({o["shape"] for o in objects}) == len({o["color"] for o in objects}) == len(objects)
-            answers = {kind: label for kind, _, label in shapes.questions(objects, shapes.random.Random(i))}
-            assert answers["count"] == shapes.NUMBERS[len(objects)]
-    assert len(seen) == 120
+def test_hardness_is_the_mean_of_the_largest_weights():
+    alpha = torch.tensor([[0.9, 0.1, 0.6, 0.4], [1.0, 0.0, 1.0, 0.0]])
+    assert hardness_of(alpha, 2).tolist() == pytest.approx([0.75, 1.0])
+    assert hardness_of(alpha, torch.tensor([1, 4])).tolist() == pytest.approx([0.9, 0.5])
 
 
 def test_scorer_reads_whitened_tokens(features):
@@ -470,331 +347,97 @@ def test_scorer_reads_whitened_tokens(features):
     scorer.whiten(mean, L)
     variance = torch.linalg.eigvalsh(covariance((features.float() - scorer.mean) @ scorer.map))
     strong = (torch.linalg.eigvalsh(covariance(features)) > 0.1 * covariance(features).trace() / 128).sum()
-    assert 4 < strong < 100 and (variance[-strong:] - 1).abs().max() < 1e-2 and variance[:-strong].max() < 1
+    assert 4 < strong < 100 and (variance[-strong:] - 1).abs().max() < 1e-2 and variance[:-strong].max() < 1.01
     scorer.whiten(*whitening(torch.ones(10, 128)))
     assert scorer(torch.ones(1, 5, 128)).isfinite().all()
 
 
-def test_a_range_of_budgets_is_drawn_from_log_uniformly():
-    assert [train.drawn("8:32", u) for u in (0, 0.5, 1)] == [8, 16, 32] and train.drawn("16", 0.3) == "16"
-    assert [train.drawn("5%:20%", u) for u in (0, 0.5, 1)] == ["5%", "10%", "20%"]
-    for bad in ("32:8", "0:4", "8:inf", "8:20%", "a:b"):
-        with pytest.raises(InputError):
-            train.drawn(bad, 0.5)
-
-
-def test_a_pooled_budget_is_one_soft_top_k_over_the_batch():
+def test_scorer_does_not_see_padding():
     torch.manual_seed(0)
-    B, N, K = 5, 30, 4
-    scores, valid = torch.randn(B, N, dtype=torch.float64), torch.arange(N) < torch.tensor([[30], [30], [12], [5], [3]])
-    pool, total = train.pooled(scores, K, "batch")
-    alpha = soft_top_k(pool, total, 0.3).view(B, N)
-    torch.testing.assert_close(alpha.flatten(), bisection(scores.flatten(), B * K, 0.3)[0], atol=1e-9, rtol=0)
-    assert abs(alpha.sum() - B * K) < 1e-9 and alpha.sum(1).std() > 0.3, "images share the budget unequally"
-    K = torch.tensor([9, 3, 3, 3, 2])  # where images have budgets of their own, padding gets nothing
-    padded = scores.masked_fill(~valid, -torch.inf)
-    pool, total = train.pooled(padded, K, "batch")
-    alpha = soft_top_k(pool, total, 0.3).view(B, N)
-    assert abs(alpha.sum() - 20) < 1e-9 and (alpha[~valid] == 0).all()
-    assert train.pooled(scores, K, "image")[0] is scores
+    scorer, X = Scorer(128), torch.randn(1, 9, 128)
+    padded, valid = F.pad(X, (0, 0, 0, 4), value=7.0), torch.arange(13)[None] < 9
+    scores = scorer(padded, valid)
+    torch.testing.assert_close(scores[:, :9], scorer(X), atol=1e-5, rtol=1e-5)
+    assert scores[:, 9:].isneginf().all() and standardised(scores)[:, 9:].isneginf().all()
+    torch.testing.assert_close(standardised(scores)[:, :9], standardised(scorer(X)), atol=1e-4, rtol=1e-4)
 
 
-def test_training_pools_the_budget(vlm, scene):
-    vlm, inputs = load(TINY), vlm.inputs([read_image(p) for p in EXAMPLES[:3]], [train.PROMPT] * 3, ["One shape."] * 3)
-    inputs["pixel_values"] = inputs["pixel_values"].float()
-    X = vlm.encode(inputs)
-    graph = (vlm, Scorer(128), torch.nn.Identity(), whitening(X))
-    for budget, spread in (("image", False), ("batch", True)):
-        _, alpha = train.training_loss(*graph, inputs, 16, 0.5, budget=budget)
-        assert abs(alpha.sum().item() - 48) < 1e-3 and ((alpha.sum(1) - 16).abs().max().item() > 1e-2) == spread
+# --- the training graph -----------------------------------------------------------------------------------------------
 
-
-def test_a_threshold_keeps_what_lies_above_it():
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_scorer_gradient_is_finite_differences_through_everything(backbone, name, monkeypatch):
+    """train.forward itself, in float64, noise held fixed."""
     torch.manual_seed(0)
-    z = standardised(torch.randn(7, 40) ** 3)
-    for total in (7 * 5, 7 * 12, 1, 7 * 40):
-        T = threshold(z, total)
-        assert (z > T).sum() == total
-        keep = select(z, count_above(z, T))
-        for row, kept in zip(z, keep):
-            above = (row > T).nonzero().flatten().tolist()  # in their original order
-            assert kept[kept >= 0].tolist() == (above or [row.argmax().item()]), "at least one"
-    assert count_above(z, 100.0).tolist() == [1] * 7
-    ragged = torch.cat([z, torch.full((7, 9), -torch.inf)], 1)  # padding
-    assert threshold(ragged, 35) == threshold(z, 35) and math.isfinite(threshold(ragged, 7 * 40))
+    (vlm, inputs, X), recipe = backbone, train.RECIPES[name]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
+    torch.nn.init.normal_(denoiser.block.mlp[-1].weight, std=0.02)
+    statistics, noise = [t.double() for t in whitening(X)], torch.randn_like(X)
+
+    def loss():
+        return train.forward(vlm, scorer, denoiser, statistics, inputs, noise, Budget(5), 0.5, recipe)[0]
+
+    loss().backward()
+    for weight in (scorer.head.weight, scorer.blocks[0].attn.qkv.weight, denoiser.block.attn.value.weight):
+        direction = torch.randn_like(weight) / weight.numel() ** 0.5
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight += sign * 1e-5 * direction
+                sides.append(loss().item())
+                weight -= sign * 1e-5 * direction
+        numeric = (sides[0] - sides[1]) / 2e-5
+        assert (weight.grad * direction).sum().item() == pytest.approx(numeric, rel=1e-3, abs=1e-8)
+    assert all(p.grad is None and not p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
 
 
-def test_calibrated_thresholds_reproduce_their_means(vlm):
-    scorer, _ = infer.load_pruner(ROOT / "data/shapes/pruner")
-    inputs = [vlm.inputs([read_image(p) for p in EXAMPLES[i:i + 2]], ["?"] * 2) for i in (0, 2, 4)]
-    vlm32 = SimpleNamespace(tokens=vlm.tokens, encode=lambda i: vlm.encode(i).float(), budget=vlm.budget)
-    found = train.calibrate(vlm32, scorer, [(None, i, 0) for i in inputs], 16)
-    assert list(found) == ["8", "12", "16", "24", "32", "48"]
-    z = torch.cat([standardised(scorer(vlm.encode(i).float())) for i in inputs])
-    for K, entry in found.items():
-        counts = count_above(z, entry["threshold"]).tolist()
-        assert sum(counts) == 6 * int(K) == round(6 * entry["mean"]), "no image of these keeps nothing"
-        assert min(counts) <= entry["p10"] <= entry["mean"] <= entry["p90"] <= max(counts)
-    assert list(train.calibrate(vlm32, scorer, [(None, inputs[0], 0)], "40%")) == ["20%", "30%", "40%", "60%", "80%"]
+def test_a_step_costs_twice_the_forward(backbone):
+    """No gradient of frozen weights, and logits at the caption only."""
+    vlm, inputs, X = backbone
+    scorer, denoiser, noise = Scorer(vlm.width), Denoiser(vlm.width), torch.randn(X.shape)
+    graph = (vlm, scorer, denoiser, whitening(X.float()))
+
+    def flops(f):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that is always counted
+            f()
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        encoder, forward = flops(lambda: vlm.encode(inputs)), flops(lambda: vlm.loss(inputs, X))
+        pruner = flops(lambda: denoiser(vp_gate(X.float(), scorer(X.float()).sigmoid(), *graph[3])))
+    step = flops(lambda: train.forward(*graph, inputs, noise, Budget(5), 0.5, train.RECIPES["papers"])[0].backward())
+    assert step <= 2.2 * forward + encoder + 3.1 * pruner  # only the pruner's own weights get a gradient
 
 
-def test_different_counts_are_left_padded_and_agree_with_one_by_one(vlm, scene):
-    inputs, X = scene
-    keep = select(X.norm(dim=-1), torch.tensor([3, 40, 17]))
-    assert keep.shape == (3, 40) and (keep >= 0).sum(1).tolist() == [3, 40, 17]
-    logits = logits_of(vlm, vlm.embed(inputs, X, keep))
-    answers = vlm.generate(inputs, X, keep, max_new_tokens=8)
-    for i, (path, question) in enumerate(zip(EXAMPLES, QUESTIONS)):
-        alone, mine = vlm.inputs([read_image(path)], [question]), keep[i][keep[i] >= 0][None]
-        own = logits_of(vlm, vlm.embed(alone, X[i:i + 1], mine))[:, 0]  # (8, V): prefill and decoding
-        torch.testing.assert_close(logits[:, i], own, atol=1e-9, rtol=0)
-        assert answers[i] == vlm.generate(alone, X[i:i + 1], mine, max_new_tokens=8)[0]
+def test_papers_recipe_is_the_papers_to_the_letter():
+    papers = train.RECIPES["papers"]
+    assert (papers.whiten, papers.standardise, papers.spread, papers.choose) == (False, False, 1.0, "top")
+    assert papers.top_k is soft_top_k and papers.gate is vp_gate and isinstance(papers.denoiser(16), Denoiser)
+    taus = [papers.tau(t) for t in (0, 0.125, 0.25, 0.375, 0.5, 1)]
+    exact = [0.1 + 1.9 * (1 + math.cos(math.pi * 2 * t)) / 2 for t in (0, 0.125, 0.25, 0.375, 0.5)] + [0.1]
+    assert taus == pytest.approx(exact) and taus[1] != pytest.approx(2.0 - 1.9 / 4), "a cosine is no line"
 
 
-def test_threshold_from_the_command_line(tmp_path, coco, capsys):
-    out = tmp_path / "out"
-    assert tiny(coco, out, "--budget", "batch") == 0
-    assert (err := capsys.readouterr().err) and "Traceback" not in err
-    settings = json.loads((out / "pruner.json").read_text())
-    assert settings["settings"]["budget"] == "batch" and list(settings["thresholds"])[0] == "10"
-    assert settings["keep"] == "~20", "a pooled pruner is deployed by its threshold"
-    ask = (EXAMPLES[0], "How many shapes are there?", "--pruner", out, "--device", "cpu", "--json")
-    told = lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
-    T = settings["thresholds"]["20"]["threshold"]
-    assert run(infer.main, *ask, "--keep", "~20") == 0 == run(infer.main, *ask, "--threshold", T)
-    said = capsys.readouterr().out.splitlines()
-    first, second = (json.loads(said[i]) for i in (2, 5))
-    vlm = load(TINY)
-    z = standardised(infer.load_pruner(out)[0](vlm.encode(vlm.inputs([read_image(EXAMPLES[0])], ["?"]))))
-    assert first["kept"] == second["kept"] == (z[0] > T).nonzero().flatten().tolist()
-    assert run(infer.main, *ask, "--threshold", 1e6) == 0 and told()["kept"] == [z[0].argmax().item()]
-    answers = tmp_path / "a.jsonl"
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(
-        {"question_id": i, "image": p.name, "text": "How many shapes are there?"}) + "\n" for i, p in enumerate(EXAMPLES)))
-    assert run(infer.main, "--questions", tmp_path / "q.jsonl", "--images", EXAMPLES[0].parent, "--answers", answers,
-               *ask[2:6], "--threshold", T) == 0
-    row = json.loads(answers.read_text().splitlines()[0])
-    assert row["text"] == first["answer"] and row["metadata"]["threshold"] == T and "keep" not in row["metadata"]
-    capsys.readouterr()
-    for wrong, cure in ((("--keep", "~17"), "~10, ~15, ~20"), (("--keep", "5", "--threshold", "1"), "give one"),
-                        (("--keep", "~"), "~10, ~15, ~20"), (("--threshold", "nan"), "finite")):
-        assert run(infer.main, *ask, *wrong) == 2
-        assert cure in (err := capsys.readouterr().err.splitlines())[-1] and err[-1].startswith("error: ")
-    for bad in (math.nan, None, "1.6", 10 ** 400):
-        settings["thresholds"]["20"]["threshold"] = bad
-        (out / "pruner.json").write_text(json.dumps(settings))
-        assert run(infer.main, *ask, "--keep", "~20") == 2 and (err := capsys.readouterr().err).startswith("error: "), bad
-    del settings["thresholds"]
-    (out / "pruner.json").write_text(json.dumps(settings))
-    assert run(infer.main, *ask, "--keep", "~20") == 2 and "no thresholds" in capsys.readouterr().err
-    settings |= {"thresholds": {"20": {"threshold": 1.0}}, "tokens": 576}
-    (out / "pruner.json").write_text(json.dumps(settings))
-    assert run(infer.main, *ask, "--keep", "~20") == 2 and "576" in capsys.readouterr().err
-    assert tiny(coco, out, "--budget", "batch", "--accumulate", 2, "--resume") == 2
-    assert "--accumulate times processes 2" in capsys.readouterr().err
-    assert tiny(coco, tmp_path / "one", "--budget", "batch", "--accumulate", 4) == 2 and "raise --batch" in capsys.readouterr().err
-    assert tiny(coco, tmp_path / "one", "--budget", "batch", "--no-standardise") == 2 and "common scale" in capsys.readouterr().err
+# --- the embedded default ---------------------------------------------------------------------------------------------
+
+def test_scenes_are_unambiguous_and_splits_disjoint():
+    seen = set()
+    for split in ("train", "validation", "test", "pretrain"):
+        for i in range(30):
+            image, objects = shapes.draw_scene(f"{split}-{i}")
+            seen.add(image.tobytes())
+            assert len({o["shape"] for o in objects}) == len({o["color"] for o in objects}) == len(objects)
+            answers = {kind: label for kind, _, label in shapes.questions(objects, shapes.random.Random(i))}
+            assert answers["count"] == shapes.NUMBERS[len(objects)]
+            colors = image.load()
+            for o in objects:  # the middle of every object has its colour: clutter lies behind
+                pixel = colors[round(o["x"]), round(o["y"])]
+                nearest = min(shapes.COLORS, key=lambda c: sum((a - b) ** 2 for a, b in zip(pixel, shapes.COLORS[c])))
+                assert nearest == o["color"]
+    assert len(seen) == 120
 
 
-def test_uniform_grid_keeps_exactly_k():
-    X = torch.zeros(2, 144, 1)
-    assert bench.uniform_grid(X, 16)[0].tolist() == [12 * y + x for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
-    for K in range(1, 145):
-        keep = bench.uniform_grid(X, K)
-        assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < 144
-
-
-def test_what_others_choose_by(vlm, scene):
-    """DivPrune's greedy choice, pooling and the class token's attention, each against its plain definition."""
-    inputs, X = scene
-    far = 1 - F.cosine_similarity(X[0][:, None], X[0][None], dim=-1)
-    far.fill_diagonal_(torch.inf)
-    kept = [far.amin(1).argmax().item()]
-    while len(kept) < 9:
-        rest = [i for i in range(144) if i not in kept]
-        kept.append(max(rest, key=lambda i: min(far[i, j].item() for j in kept)))
-    assert bench.max_min_diversity(X, 9)[0].tolist() == sorted(kept)
-    pooled, keep = bench.average_pooling(X, 16)
-    cell = X[1].view(12, 12, -1)[3:6, 6:9].mean((0, 1))  # row 1, column 2 of 4 x 4
-    torch.testing.assert_close(pooled[1, keep[1, 6]], cell.float().to(X.dtype), atol=1e-5, rtol=1e-5)
-    assert keep[0].tolist() == bench.uniform_grid(X, 16)[0].tolist()
-    stock = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64, attn_implementation="eager")
-    maps = stock.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
-    torch.testing.assert_close(bench.cls_attention(vlm, inputs).double(), maps[-2].mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-4)
-
-
-def test_bench_counts_and_measures(tmp_path, capsys):
-    config = AutoConfig.for_model(**{"model_type": "llava"})  # LLaVA-1.5-7B
-    counted = bench.prefill_flops(SimpleNamespace(model=SimpleNamespace(config=config)), 671)
-    assert counted / 1e12 == pytest.approx(8.927, abs=1e-3), "METHOD: 576 + 95 tokens"
-    assert run(bench.main, "speed", "--model", TINY, "--repeats", 1, "--keep", 36, "--json", tmp_path / "speed.json",
-               "--device", "cpu") == 0
-    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert measured == json.loads((tmp_path / "speed.json").read_text())
-    rows = measured["speed"]["rows"]
-    assert rows["keep 36"]["cache_bytes"] / rows["all 144"]["cache_bytes"] == pytest.approx((36 + 95 + 1) / (144 + 95 + 1))
-    assert rows["keep 36"]["tflops"] < 0.6 * rows["all 144"]["tflops"]
-    assert all(rows[name][stage]["median"] > 0 for name in rows for stage in ("encode", "project", "prefill", "decode"))
-
-
-def test_bench_budgets_compares_at_equal_counts(monkeypatch, capsys):
-    """With the shipped pruner in every role: top-K keeps K; at K = 16 the threshold keeps about as many."""
-    monkeypatch.setattr(study, "train_variants", lambda args, variants: {(v, 0): ROOT / "data/shapes/pruner" for v in variants})
-    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:100])
-    table = study.budgets(SimpleNamespace(device="cpu", seeds=1, steps=None))
-    assert set(table["retention"]) == {"image, top-K", "image, threshold", "batch, top-K",
-                                       "batch, threshold", *(f"only {K}, top-K" for K in (8, 16, 32, 48))}
-    for way, at in table["retention"].items():
-        for K, cell in at.items():
-            assert cell["kept"][0] == pytest.approx(int(K), rel=0 if "top-K" in way else 0.2), (way, K)
-    assert list(table["retention"]["only 32, top-K"]) == ["32"]
-    assert table["retention"]["image, top-K"]["48"]["retention"][0] > table["retention"]["image, top-K"]["8"]["retention"][0]
-    kept = table["by_shapes"]["image"]
-    assert kept["one"] == table["by_shapes"]["batch"]["one"] and kept["one"]["p10"] <= kept["one"]["mean"] <= kept["one"]["p90"]
-    assert "by number of shapes" in capsys.readouterr().out
-
-
-def test_bench_trains_again_when_flags_defaults_or_type_differ(tmp_path, monkeypatch):
-    trained = []
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: trained.append(command[-1]) or SimpleNamespace(returncode=0))
-    args = SimpleNamespace(steps=3, seeds=1, runs=tmp_path, device="cpu", dtype="float32", jobs=1)
-    again = lambda flag="image", **new: study.train_variants(SimpleNamespace(**{**vars(args), **new}), {"a, b": ["--budget", flag]})
-    assert again() == again() == {("a, b", 0): tmp_path / "a-b-0"} and trained == ["image"]
-    again("batch")
-    again("batch", dtype="bfloat16")
-    again("batch", dtype="bfloat16", steps=4)
-    assert trained == ["image", "batch", "batch", "batch"]
-    monkeypatch.setitem(train.SHAPES, "lr", 1.0)
-    again("batch", dtype="bfloat16", steps=4)
-    assert len(trained) == 5
-
-
-def test_accuracy_by_a_threshold_below_every_score_is_that_of_all_tokens():
-    rows = bench.read_questions(shapes.prepare() / "questions.jsonl")[:50]
-    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
-    settings["thresholds"]["1"] = {"threshold": -1e6}
-    table = bench.accuracy_table(load(TINY), scorer, settings, rows, ["~1", 1])
-    assert list(table) == ["all 144", "scorer ~1", "random 1", "uniform 1", "scorer 1"]
-    assert table["scorer ~1"] == table["all 144"] != table["random 1"] != table["scorer 1"]
-
-
-def test_ceiling_chooses_better_than_chance(monkeypatch):
-    """Ten pictures, ten steps: five questions share a choice, and it suits captions and answers better than chance."""
-    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:50])
-    kept = {}
-
-    def answer(vlm, rows, choices):
-        if "captions" in choices:
-            pictures, drawn = [read_image(row["image"]) for row in rows], torch.Generator().manual_seed(0)
-            told = [shapes.caption(shapes.draw_scene(f"test-{i // 5}")[1], random.Random(i)) for i in range(50)]
-            X = vlm.encode(vlm.inputs(pictures, ["?"] * 50))
-            kept.update({name: choose(X, {}) for name, choose in choices.items()})
-            kept["chance"] = select(torch.rand(50, 144, generator=drawn), 16)
-            for texts, names in ((([row["text"] for row in rows], [row["label"] for row in rows]), ["answers"]),
-                                 (([train.PROMPT] * 50, told), ["captions", "scorer, these 50"])):
-                with torch.no_grad():
-                    inputs = vlm.inputs(pictures, *texts)
-                    loss = {name: vlm.loss(inputs, X, kept[name]).item() for name in ("chance", *names)}
-                assert max(loss[name] for name in names) < 0.8 * loss["chance"], loss
-        else:  # the pruner on what it was trained on
-            assert len(rows) == 1500 and {row["image"].parent.name for row in rows} == {"train"}
-        return {name: {"all": [True] * 50} for name in choices}
-    monkeypatch.setattr(study, "right_or_wrong", answer)
-    study.ceiling(SimpleNamespace(device="cpu", keep=None, steps=10))
-    assert kept["all"] is None
-    for name in ("captions", "answers", "scorer", "scorer, these 50"):
-        assert kept[name].shape == (50, 16) and (kept[name].view(10, 5, 16) == kept[name].view(10, 5, 16)[:, :1]).all()
-
-
-def test_bench_accuracy_from_the_command_line(tmp_path, capsys):
-    """The scorer's row is what infer.py answers, for a threshold too; the other rows keep as many."""
-    path, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    path.write_text("".join((shapes.prepare() / "questions.jsonl").read_text().splitlines(True)[:50]))
-    some = ("--questions", path, "--images", shapes.HERE, *SHIPPED)
-    assert run(bench.main, "accuracy", "--keep", "~4", "8", *some) == 2
-    assert "give one of these" in capsys.readouterr().err.splitlines()[-1]
-    assert run(bench.main, "accuracy", "--keep", "~8", "12", *some) == 0
-    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
-    others = ("random", "uniform", "norm", "diversity", "pooling", "CLS")
-    assert list(measured) == ["all 144", "scorer ~8", *(f"{name} 8" for name in others),
-                              "scorer 12", *(f"{name} 12" for name in others)]
-    assert run(infer.main, "--answers", answers, "--keep", "~8", *some) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
-    assert measured["scorer ~8"] == {kind: figures[kind]["accuracy"] for kind in measured["scorer ~8"]}
-
-
-def test_bench_accuracy_where_pictures_vary_in_tokens(folder, monkeypatch):
-    vlm, kept = load(folder), {}
-    if vlm.tokens is not None:
-        return
-    rows = [dict(image=image, text=QUESTIONS[i], label="?", category="all") for i, image in enumerate(EXAMPLES[:3])]
-    images = {path: shapes.draw_scene(f"test-{i}")[0].resize(SHAPES[i]) for i, path in enumerate(EXAMPLES[:3])}
-    monkeypatch.setattr(bench, "read_image", images.get)
-    generate = vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda inputs, X, keep, **options: kept.setdefault(len(kept), (inputs, keep)) and
-                        generate(inputs, X, keep, **options))
-    table = bench.accuracy_table(vlm, Scorer(vlm.width).eval(), {}, rows, ["25%"], seeds=2)
-    assert list(table) == ["all", "scorer 25%", "random 25%"] and kept.pop(0)[1] is None and len(kept) == 3
-    for inputs, keep in kept.values():
-        N = inputs["valid"].sum(1)
-        assert ((keep >= 0).sum(1) == (N / 4).round()).all() and (keep < N[:, None]).all(), "no padding"
-    assert not kept[2][1].equal(kept[3][1]), "each seed draws for itself"
-
-
-def test_bootstrap_is_a_binomial_interval():
-    full = {"a": [1.0] * 400, "b": [1.0] * 100}
-    assert bench.bootstrap(full, full) == (100, 100)
-    low, high = bench.bootstrap({"a": [1.0] * 320 + [0.0] * 80, "b": full["b"]}, full)
-    assert (low, high) == pytest.approx((90 - 1.96, 90 + 1.96), abs=0.3), "half of 80 ± 1.96 · 100 · √(0.8 · 0.2 / 400)"
-
-
-def test_ablations_are_judged_by_the_deployed_path(monkeypatch):
-    """With the shipped pruner as every run, the table says what infer.py keeps at its top K."""
-    monkeypatch.setattr(study, "train_variants", lambda args, wanted: {(v, s): ROOT / "data/shapes/pruner" for v in wanted
-                                                                       for s in (0, 1)})
-    monkeypatch.setattr(study, "read_questions", lambda path, real=study.read_questions: real(path)[:50])
-    table = study.ablations(SimpleNamespace(device="cpu", keep=["8"], seeds=2, variants=["papers"]))
-    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
-    rows = study.read_questions(shapes.prepare() / "questions.jsonl")
-    answered = bench.accuracy_table(load(TINY), scorer, settings, rows, [8])
-    assert table["papers"]["retention"] == {8: [bench.retention(answered["scorer 8"], answered["all 144"])] * 2}
-    end = settings["curve"][-1]
-    assert {k: table["papers"][k] for k in train.LOSSES} == {k: end[k] for k in train.LOSSES} and end["hard_loss"] > 0
-
-
-def test_the_pictures_show_what_infer_keeps(capsys):
-    assert run(infer.main, EXAMPLES[0], "What color is the star?", "--json", *SHIPPED) == 0
-    assert draw.shipped(EXAMPLES[0])[3][0].tolist() == json.loads(capsys.readouterr().out.splitlines()[-1])["kept"]
-
-
-def test_the_closing_table_is_of_what_infer_deploys(tmp_path, coco, capsys):
-    path = tmp_path / "questions.jsonl"
-    rows = map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines()[:40])
-    path.write_text("".join(json.dumps({**row, "image": str(shapes.HERE / row["image"])}) + "\n" for row in rows))
-    for budget, keep in (("batch", "~20"), ("image", 20)):
-        assert tiny(coco, tmp_path / budget, "--budget", budget, "--questions", path) == 0
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["keep"] == keep and {"retention_random", "retention_uniform", "accuracy_full"} < set(result)
-        assert list(result["by_category"]) == ["all 144", f"scorer {keep}", "random 20", "uniform 20"]
-        assert run(infer.main, "--questions", path, "--answers", tmp_path / f"{budget}.jsonl", "--pruner", tmp_path / budget,
-                   "--device", "cpu") == 0
-        figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
-        assert result["by_category"][f"scorer {keep}"] == {
-            kind: figures[kind]["accuracy"] for kind in result["by_category"]["all 144"]}
-
-
-def test_the_shipped_pruner_beats_random_and_uniform():
-    rows = [dict(image=shapes.HERE / row["image"], **{k: row[k] for k in ("text", "label", "category")})
-            for row in map(json.loads, (shapes.prepare() / "questions.jsonl").read_text().splitlines())][:500]
-    scorer, settings = infer.load_pruner(ROOT / "data/shapes/pruner")
-    table = bench.accuracy_table(load(TINY), scorer, settings, rows, [16])
-    kept = {name: bench.retention(by_category, table["all 144"]) for name, by_category in table.items()}
-    assert min(table["all 144"].values()) >= 0.97
-    assert kept["scorer 16"] > 92 and kept["scorer 16"] > kept["uniform 16"] + 1 > kept["random 16"] + 1
-    assert kept["random 16"] < 85
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
+# --- a run that is stopped, split or disturbed ------------------------------------------------------------------------
 
 @pytest.fixture
 def coco(tmp_path):
@@ -818,42 +461,11 @@ def run(main, *argv):
         sys.argv = old
 
 
-def fingerprint(model):
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
-
-
-def test_train_then_infer(tmp_path, coco, capsys, monkeypatch):
-    frozen = []
-    real_load = train.load
-    monkeypatch.setattr(train, "load", lambda *a: frozen.append(real_load(*a)) or frozen[-1])
-    out = tmp_path / "out"
-    assert run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 3, "--batch", 4,
-               "--keep", 20, "--out", out, "--device", "cpu") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["keep"] == 20
-    assert fingerprint(frozen[0].model) == fingerprint(load(TINY).model), "the VLM must not change"
-    settings = json.loads((out / "pruner.json").read_text())
-    assert settings["model"] == "data/shapes/llava" and settings["keep"] == 20 and settings["curve"][-1]["step"] == 2
-    question = (EXAMPLES[0], "How many shapes are there?", "--pruner", out, "--json", "--device", "cpu")
-    assert run(infer.main, *question, "--show", tmp_path / "kept.png") == 0
-    said, err = capsys.readouterr()
-    result = json.loads(said.splitlines()[-1])
-    assert len(result["kept"]) == 20 and result["kept"] == sorted(result["kept"]) and result["tokens"] == 144
-    assert "data/shapes/llava" in err.splitlines()[0] and Image.open(tmp_path / "kept.png").size[0] > 1000
-    assert run(infer.main, *question, "--keep", "all") == 0
-    stock = load(TINY)
-    inputs = stock.inputs([read_image(EXAMPLES[0])], [question[1]])
-    ids = stock.model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1]:]
-    answer = json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
-    assert answer == stock.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-
-
-# --- a run that is stopped, split or disturbed ----------------------------------------------------------------------
-
 def tiny(coco, out, *argv):
     """A run of six steps on the example scenes; the exit code."""
-    return run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--keep", "10:40", "--steps", 6,
-               "--batch", 4, "--recipe", "ours", "--budget", "image", "--eval-every", 2, "--save-every", 1, "--device", "cpu", "--out", out,
-               *argv)
+    return run(train.main, "--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--keep", "20",
+               "--steps", 6, "--batch", 4, "--eval-every", 2, "--save-every", 1, "--workers", 0, "--device", "cpu",
+               "--out", out, *argv)
 
 
 def in_a_process(f):
@@ -869,63 +481,60 @@ def in_a_process(f):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def later(f, calls, then):
-    """f, which calls then() instead when it has been called so many times."""
-    count = []
+def on_call(f, number, then):
+    """f, which runs then() before its call of that number (from 1)."""
+    calls = []
 
     def wrapped(*a, **kw):
-        count.append(1)
-        return then(*a, **kw) if len(count) == calls else f(*a, **kw)
+        calls.append(1)
+        if len(calls) == number:
+            then()
+        return f(*a, **kw)
     return wrapped
 
 
 def log_of(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "waiting")} for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, coco, monkeypatch):
     assert in_a_process(lambda: tiny(coco, tmp_path / "whole")) == 0
-    kills = sorted(random.sample(range(1, 6), 3))  # the steps at which it dies
-    real, fsync = train.with_noise, os.fsync
-    for i, step in enumerate(kills):
-        in_a_write, reached = i == 1, []
-
-        def die_in_the_step(graph, g, inputs, seed):
-            reached.extend([1] * (g[0] == 4 * step))
-            return real(graph, g, inputs, seed) if in_a_write or not reached else os.kill(os.getpid(), signal.SIGKILL)
-
+    for i, (where, name, call) in enumerate(((torch.nn.utils, "clip_grad_norm_", 2), (os, "fsync", 2),
+                                             (train, "held_out_losses", 2))):  # in a step, a write, an evaluation
         with monkeypatch.context() as patch:
-            patch.setattr(train, "with_noise", die_in_the_step)
-            patch.setattr(os, "fsync", lambda f: os.kill(os.getpid(), signal.SIGKILL) if reached else fsync(f))
+            patch.setattr(where, name, on_call(getattr(where, name), call, die))
             code = in_a_process(lambda: tiny(coco, tmp_path / "killed", *["--resume"] * (i > 0)))
-            assert code == -signal.SIGKILL, kills
+            assert code == -signal.SIGKILL, name
     assert in_a_process(lambda: tiny(coco, tmp_path / "killed", "--resume", "--workers", 1)) == 0
-    for name in ("scorer", "denoiser", "checkpoint"):
+    for name in ("scorer", "checkpoint"):
         whole, killed = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed"))
-        assert whole.keys() == killed.keys() and all(whole[k].equal(killed[k]) for k in whole), (name, kills)
+        assert whole.keys() == killed.keys() and all(whole[k].equal(killed[k]) for k in whole), name
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed") and len(log_of(tmp_path / "whole")) == 4
 
 
-def test_processes_and_accumulation_are_the_whole_batch(tmp_path, coco):
+def test_processes_and_parts_are_the_whole_batch(tmp_path, coco):
     """Two processes, and four parts one by one: the gradients (Adam's moments) of the whole batch, to rounding."""
-    argv = ["--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 2, "--batch", 4,
-            "--keep", 20, "--eval-every", 1, "--device", "cpu", "--out"]
     for i, annotation in enumerate(coco[0]["annotations"]):
         annotation["caption"] = "Shapes:" + " red" * 3 * i  # parts of different word counts
     coco[1].write_text(json.dumps(coco[0]))
+    argv = ["--data", coco[1], "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 2, "--batch", 4,
+            "--keep", 20, "--eval-every", 1, "--workers", 0, "--device", "cpu", "--out"]
     two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                             ROOT / "train.py", *map(str, argv), tmp_path / "two"],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run(train.main, *argv, tmp_path / "one") == run(train.main, *argv, tmp_path / "four", "--accumulate", 4) == 0
+    assert run(train.main, *argv, tmp_path / "one") == run(train.main, *argv, tmp_path / "four", "--at-once", 1) == 0
     out, err = two.communicate()
-    assert two.returncode == 0 and len(out.splitlines()) == 2, err
-    assert "Traceback" not in err and "arning" not in err.replace("warning: hardness", "") and err.count("keep 20") == 1, "one process speaks"
+    assert two.returncode == 0 and "Traceback" not in err and err.count("keep 20") == 1, err
     one = load_file(tmp_path / "one/checkpoint.safetensors")
+    scale = max(v.abs().max() for k, v in one.items() if k.endswith("exp_avg"))
     for other in ("two", "four"):
         moments = load_file(tmp_path / other / "checkpoint.safetensors")
-        scale = max(v.abs().max() for k, v in one.items() if "exp_avg_sq" not in k and "adam" in k and "step" not in k)
         for k in one:
             if k.endswith("exp_avg"):
                 assert (one[k] - moments[k]).abs().max() < 1e-4 * scale, (other, k)
@@ -933,103 +542,84 @@ def test_processes_and_accumulation_are_the_whole_batch(tmp_path, coco):
             assert a == pytest.approx(b, rel=2e-4)
 
 
-def test_signals_end_a_run_after_the_step(tmp_path, coco, monkeypatch, capsys):
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        with monkeypatch.context() as patch:
-            words = train.words_in
-            patch.setattr(train, "words_in", later(words, 2 + 1, lambda i: os.kill(os.getpid(), number) or words(i)))
-            assert tiny(coco, tmp_path / "out", "--overwrite", "--save-every", 100) == code
-        assert "--resume" in capsys.readouterr().err.splitlines()[-1]
-        assert files.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 2
-    assert tiny(coco, tmp_path / "out", "--resume") == 0
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_after_the_step(tmp_path, coco, monkeypatch, capsys, number, code):
+    with monkeypatch.context() as patch:
+        hit = on_call(torch.nn.utils.clip_grad_norm_, 2, lambda: os.kill(os.getpid(), number))
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", hit)
+        assert tiny(coco, tmp_path, "--save-every", 100) == code
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert running.read_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
+    assert tiny(coco, tmp_path, "--resume") == 0
 
 
 def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     """Not to another run, other settings, a full disk, or a loss that is no number."""
-    out = tmp_path / "out"
-    error = lambda: capsys.readouterr().err.splitlines()[-1]
-    assert tiny(coco, out, "--resume") == 2 and "--resume" in error()
-    assert tiny(coco, out, "--steps", 1) == 0
-    state = {f.name: f.read_bytes() for f in out.iterdir()}
-    assert tiny(coco, out) == 2 and "--overwrite" in error()
-    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--model", ROOT / "assets"), ("--lr", 1),
-                        ("--recipe", "papers")):  # which also sets flags that the user never gave
-        assert tiny(coco, out, "--steps", 1, "--resume", flag, value) == 2 and error().startswith(f"error: {flag}")
+    def error():
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert tiny(coco, tmp_path, "--resume") == 2 and "--resume" in error()
+    assert tiny(coco, tmp_path, "--steps", 1) == 0
+    state = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "coco.json"}
+    assert tiny(coco, tmp_path) == 2 and "--overwrite" in error()
+    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--recipe", "papers")):
+        assert tiny(coco, tmp_path, "--steps", 1, "--resume", flag, value) == 2 and error().startswith(f"error: {flag}")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may become larger: a full disk, nearly
     try:
-        assert tiny(coco, out, "--overwrite") == 2
+        assert tiny(coco, tmp_path, "--overwrite") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "checkpoint.safetensors: cannot be written" in error()
-    assert {f.name: f.read_bytes() for f in out.iterdir()} == state
-    (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
-    assert tiny(coco, out, "--resume", "--steps", 1) == 2 and "checkpoint.safetensors" in error()
-    assert tiny(coco, out, "--overwrite", "--lr", 1e30) == 2 and "step 0: the losses on held-out captions" in error()
-    words = train.words_in  # called in every step, and in two evaluations before the fourth
-    monkeypatch.setattr(train, "words_in", later(words, 6, lambda inputs: words(inputs) * math.nan))
-    assert tiny(coco, out, "--overwrite", "--save-every", 2, "--steps", 20) == 2
-    message = error()
-    assert "step 3: the loss is nan" in message and "before step 2" in message
-    assert files.read_checkpoint(out / "checkpoint.safetensors")[1]["step"] == 2
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "coco.json"} == state
+    (tmp_path / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
+    assert tiny(coco, tmp_path, "--resume", "--steps", 1) == 2 and "checkpoint.safetensors" in error()
+    assert tiny(coco, tmp_path, "--overwrite", "--lr", 1e30) == 2 and "a loss or its gradient is" in error()
 
 
-@pytest.mark.parametrize("budget", ["image", "batch"])
-def test_with_our_recipe_a_hard_alpha_is_deployment_and_without_presence_it_is_not(tmp_path, coco, budget):
-    """The training graph at tau -> 0, noise and all, against the path in use, which shares none of it."""
-    gap = {}
-    for name, flags in (("ours", []), ("absent", ["--no-presence"]), ("papers", ["--recipe", "papers"])):
-        assert tiny(coco, tmp_path / name, *flags, "--budget", budget, "--steps", 2) == 0
-        gap[name] = [abs(row["hard_loss"] - row["deployed_loss"]) for row in log_of(tmp_path / name)]
-    assert max(gap["ours"]) < 2e-5 and min(gap["absent"]) > 1e-2 and min(gap["papers"]) > 1e-2
-    settings = json.loads((tmp_path / "papers/pruner.json").read_text())["settings"]
-    assert settings["standardise"] == (budget == "batch"), "a pool needs a common scale, by either recipe"
+def test_a_second_run_on_one_folder_is_refused(tmp_path, coco, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(train, "held_out_losses", on_call(train.held_out_losses, 1, lambda: codes.append(in_a_process(
+        lambda: tiny(coco, tmp_path, "--overwrite")))))
+    assert tiny(coco, tmp_path) == 0 and codes == [2]
 
 
-def test_each_part_of_our_recipe_can_be_left_out(tmp_path, coco):
-    mapped = lambda out: load_file(out / "scorer.safetensors")["map"]
-    for part in ("whiten", "standardise", "presence"):
-        assert tiny(coco, tmp_path / part, f"--no-{part}", "--steps", 1) == 0
-        settings = json.loads((tmp_path / part / "pruner.json").read_text())["settings"]
-        assert {p: settings[p] for p in ("whiten", "standardise", "presence")} == {
-            p: p != part for p in ("whiten", "standardise", "presence")}
-        assert mapped(tmp_path / part).equal(torch.eye(128)) == (part == "whiten")
-    assert tiny(coco, tmp_path / "ours", "--steps", 1) == 0
-    losses = {log_of(tmp_path / run)[0]["soft_loss"] for run in ("ours", "whiten", "standardise", "presence")}
-    assert len(losses) == 4, "each changes what is trained"
+def test_schedules_clipping_and_budgets_reach_the_optimizer(tmp_path, coco, monkeypatch):
+    lrs, norms, budgets, tokens = [], [], [], []
+    step, forward, whiten = torch.optim.AdamW.step, train.forward, train.whitening
+
+    def spy(self):
+        lrs.append(self.param_groups[0]["lr"])
+        norms.append(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm().item())
+        return step(self)
+
+    def steep(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, recipe):
+        if torch.is_grad_enabled():
+            budgets.append(K.count)
+        loss, alpha = forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, recipe)
+        return 1e4 * loss, alpha
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(train, "forward", steep)
+    monkeypatch.setattr(train, "whitening", lambda X: tokens.append(len(X)) or whiten(X))
+    assert tiny(coco, tmp_path, "--steps", 12, "--lr", 1e-4, "--eval-every", 20) == 0
+    assert lrs == pytest.approx([1e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)])
+    assert norms == pytest.approx([1.0] * 12, rel=1e-3), "every gradient is longer than 1, and clipped to it"
+    assert min(budgets) < 15 and max(budgets) > 27 and all(10 <= K <= 40 for K in budgets)
+    assert abs(math.log(budgets[0] / 20) / math.log(2) - random.Random("0 budget 0").uniform(-1, 1)) < 0.1
+    assert tokens == [5 * 32], "32 tokens of each training image"
 
 
-def test_gumbel_draws_the_same_tokens_for_soft_and_hard(tmp_path, coco):
-    assert tiny(coco, tmp_path, "--gate", "gumbel", "--denoiser", "none", "--steps", 2) == 0
-    assert all(row["soft_loss"] == row["hard_loss"] for row in log_of(tmp_path)), "only tau, which moves no choice, differs"
-
-
-def test_a_pool_that_keeps_all_needs_no_threshold(tmp_path, coco):
-    for keep in ("all", "144"):
-        assert tiny(coco, tmp_path, "--budget", "batch", "--keep", keep, "--steps", 1, "--overwrite") == 0
-        assert json.loads((tmp_path / "pruner.json").read_text())["keep"] == 144
-
-
-def test_a_pool_of_nan_has_no_threshold():
-    assert math.isnan(threshold(torch.full((2, 9), math.nan), 4)), "so that train.py can say that it diverged"
-
-
-def test_early_stopping_keeps_the_best(tmp_path, coco, monkeypatch, capsys):
-    losses, at = iter([9.0, 1.0, 2.0, 0.5, 3.0, 3.5]), []
-    monkeypatch.setattr(train, "held_out_losses",
-                        lambda graph, *_: at.append(graph[1].head.weight.clone()) or dict(full=0.1, soft=1.0, hard=1.5, deployed=next(losses)))
-    assert tiny(coco, tmp_path, "--steps", 20, "--anneal", 0.2, "--eval-every", 2, "--patience", 2) == 0
-    out, err = capsys.readouterr()
-    assert "stopped before step 11" in err and json.loads(out.splitlines()[-1])["step"] == 6
-    assert infer.load_pruner(tmp_path)[0].head.weight.equal(at[3]) and infer.load_pruner(tmp_path)[1]["best_step"] == 6
+def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, coco, monkeypatch):
+    losses, at = iter([0.1, 5.0, 4.0, 2.0, 3.0, 3.5]), []
+    names = ("full_loss", "soft_loss", "hard_loss", "deployed_loss")
+    monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
+                        dict.fromkeys(names, next(losses)))
+    assert tiny(coco, tmp_path, "--steps", 10, "--eval-every", 2) == 0
     log = log_of(tmp_path)
-    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 10] and [row["deployed_loss"] for row in log][-1] == 3.5
-    assert {"tau", "lr", "loss", "full_loss", "soft_loss", "hard_loss", "hardness"} < log[0].keys() and log[0]["tau"] == 1
-    colors = {color for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(10 ** 6)}
-    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
-    files.loss_chart([dict(step=0, soft_loss=1.0, deployed_loss=2.0), log[-1]])  # a run from before hard and full were logged
-    annealing = [dict(step=s, deployed_loss=x) for s, x in ((0, 1), (1, 2))]
-    assert train.best_of(annealing, settled=2)["step"] == 1, "a low loss does not count yet"
+    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-2]["tau"] == log[-1]["tau"] == 0.02
+    scorer, settings = infer.load_pruner(tmp_path)
+    assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
 
 
 def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, coco, capsys):
@@ -1037,639 +627,1066 @@ def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, co
     images.mkdir()
     for p in EXAMPLES:
         (images / p.name).write_bytes(p.read_bytes())
-    good, words = EXAMPLES[1].read_bytes(), [images / EXAMPLES[i].name for i in (1, 3)]
-    words[0].write_bytes(good[:len(good) // 2])
-    argv = ["--images", images, "--steps", 1, "--batch", 5, "--workers", 2, "--overwrite"]
-    assert tiny(coco, tmp_path / "out", *argv) == 0
-    err = capsys.readouterr().err
-    assert f"unreadable images, 1, each replaced by the next: {words[0]}" in err
-    words[1].write_bytes(b"")
+    argv = ["--images", images, "--steps", 2, "--batch", 5, "--workers", 1, "--overwrite"]
+    for p in sorted(images.iterdir())[:1]:
+        p.write_bytes(p.read_bytes()[:500])
+    assert tiny(coco, tmp_path / "out", *argv) == 0 and "00000.jpg" in capsys.readouterr().err
+    for p in sorted(images.iterdir())[:4]:
+        p.write_bytes(b"")
     assert tiny(coco, tmp_path / "out", *argv) == 2
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert "2 of 5" in err and str(words[0]) in err and str(words[1]) in err
-    assert files.read_checkpoint(tmp_path / "out/checkpoint.safetensors")[1]["step"] == 1
+    assert "could not be read" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_half_precision_runs_to_the_end(tmp_path, coco):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_to_the_end(tmp_path, coco, dtype):
     assert tiny(coco, tmp_path / "full", "--steps", 2) == 0
-    for dtype in ("bfloat16", "float16"):
-        out = tmp_path / dtype
-        assert tiny(coco, out, "--dtype", dtype, "--steps", 2, "--checkpointing", "--accumulate", 2) == 0
-        assert all(t.dtype == torch.float32 for t in load_file(out / "checkpoint.safetensors").values())
-        for half, full in zip(log_of(out), log_of(tmp_path / "full")):
-            assert half["deployed_loss"] == pytest.approx(full["deployed_loss"], rel=0.03)
-            assert half["loss"] == pytest.approx(full["loss"], rel=0.2)  # other noise: L is unique up to a rotation
+    assert tiny(coco, tmp_path / dtype, "--dtype", dtype, "--steps", 2, "--checkpointing", "--at-once", 2) == 0
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / dtype / "checkpoint.safetensors").values())
+    for half, full in zip(log_of(tmp_path / dtype), log_of(tmp_path / "full")):
+        assert half["deployed_loss"] == pytest.approx(full["deployed_loss"], rel=0.1)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+def test_the_frozen_model_does_not_change(tmp_path, coco, monkeypatch):
+    def fingerprint(vlm):
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in vlm.model.state_dict().values())).hexdigest()
 
-def test_odd_images_work(tmp_path, vlm):
-    picture = read_image(EXAMPLES[0])
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    grey = picture.convert("L").tobytes()
-    grey16 = Image.frombytes("I;16", (96, 96), struct.pack(f"<{len(grey)}H", *(257 * v for v in grey)))
-    palette = picture.quantize(16)
-    odd = {"cmyk.jpg": picture.convert("CMYK"), "palette.png": palette, "grey16.png": grey16, "grey16.tif": grey16,
-           "one.png": Image.new("RGB", (1, 1), "red"), "strip.png": Image.new("RGB", (4000, 10), "red"),
-           "column.png": Image.new("1", (1, 50)), "alpha.png": picture.convert("RGBA")}
-    for name, image in odd.items():
-        image.save(tmp_path / name, **({"transparency": bytes(range(16))} if name == "palette.png" else {}))
-    picture.crop((0, 0, 96, 48)).save(tmp_path / "turned.jpg", exif=rotated)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        images = {p.name: read_image(p) for p in sorted(tmp_path.iterdir())}
-        inputs = vlm.inputs(list(images.values()), ["?"] * len(images))
-    assert inputs["pixel_values"].shape == (len(odd) + 1, 3, 96, 96) and inputs["pixel_values"].isfinite().all()
-    assert images["turned.jpg"].size == (48, 96)
-    for name, of, error in (("cmyk.jpg", picture, 3), ("palette.png", palette, 0), ("alpha.png", picture, 0)):
-        difference = [abs(a - b) for a, b in zip(images[name].tobytes(), of.convert("RGB").tobytes())]
-        assert sum(difference) / len(difference) <= error, name
-    for name in ("grey16.png", "grey16.tif"):
-        assert images[name].convert("L").tobytes() == grey
+    frozen = []
+    monkeypatch.setattr(train, "load", lambda *a: frozen.append(load(*a)) or frozen[-1])
+    assert tiny(coco, tmp_path, "--steps", 2) == 0
+    assert fingerprint(frozen[0]) == fingerprint(load(TINY))
 
 
-def test_bad_images_are_named(tmp_path):
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    png = lambda side: (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-                        + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-    good = EXAMPLES[0].read_bytes()
-    for name, content in (("truncated.jpg", good[:len(good) // 2]), ("empty.jpg", b""), ("text.png", b"no picture"),
-                          ("bomb.png", png(20_000)), ("large.png", png(10_000))):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: cannot be read as an image") as e, warnings.catch_warnings():
-            warnings.simplefilter("error")
-            read_image(tmp_path / name)
-        assert "\n" not in str(e.value) and ("bomb" in str(e.value)) == (name in ("bomb.png", "large.png"))
+def test_every_import_goes_down():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    files = [p for name in floor for p in (sorted(ROOT.glob(f"{name}/**/*.py")) or [ROOT / f"{name}.py"])]
+    assert len(files) > 20
+    for path in files:
+        mine = path.relative_to(ROOT).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in (n.split(".")[0] for n in names):
+                if name in floor:
+                    assert floor[name] < floor[mine] or name == mine or (mine, name) == ("data", "throttler"), (path, name)
 
 
-def test_bad_tensors_are_named(tmp_path):
-    write = lambda tensors: save_file(tensors, tmp_path / "scorer.safetensors")
-    files.write(tmp_path / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
-    good = {k: v.clone() for k, v in Scorer(64).state_dict().items()}
-    for change, words in ((lambda t: t.pop("head.weight"), "head.weight"),
-                          (lambda t: t.update(more=torch.ones(1)), "more"),
-                          (lambda t: t.update({"norm.weight": torch.ones(65)}), "norm.weight"),
-                          (lambda t: t["norm.bias"].fill_(math.nan), "norm.bias")):
-        tensors = {k: v.clone() for k, v in good.items()}
-        change(tensors)
-        write(tensors)
-        with pytest.raises(InputError, match=re.escape(words)) as e:
-            infer.load_pruner(tmp_path)
-        assert "scorer.safetensors" in str(e.value) and "\n" not in str(e.value)
-    (tmp_path / "scorer.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="scorer.safetensors"):
-        infer.load_pruner(tmp_path)
+def test_lines_are_short_and_files_small():
+    limits = {"throttler.py": 240, "denoiser.py": 60, "model.py": 420, "train.py": 250, "infer.py": 260, "bench.py": 240,
+              "test_all.py": 1300, "eval/criteria.py": 140, "eval/accuracy.py": 170, "data/files.py": 110,
+              "data/run.py": 170, "data/pictures.py": 130, "data/coco.py": 130, "data/questions.py": 147}
+    for name, most in limits.items():
+        lines = (ROOT / name).read_text().splitlines()
+        assert len(lines) <= most, f"{name} has {len(lines)} lines"
+        assert max(map(len, lines)) <= 120, name
 
 
-BAD_TRAINING = {  # what is wrong: (change to the COCO file, arguments, words that the message must hold)
-    "no file": (None, ["--data", "nowhere.json"], "nowhere.json"),
-    "no annotations": (lambda c: c.pop("annotations"), [], "annotations"),
-    "no images": (lambda c: c.update(images=[]), [], "images"),
-    "unknown image id": (lambda c: c["annotations"][0].update(image_id=99), [], "image_id"),
-    "image not there": (lambda c: c["images"][0].update(file_name="gone.jpg"), [], "gone.jpg"),
-    "not UTF-8": ("Zwei Würfel".encode("latin-1"), [], "UTF-8"),
-    "deep": (b"[" * 200_000, [], "JSON"),
-    "huge but wrong": (json.dumps([{"id": i} for i in range(200_000)]).encode(), [], "images"),
-    "rows of the wrong kind": (lambda c: c.update(images=list(range(9))), [], "images"),
-    "duplicate image id": (lambda c: c["images"][1].update(id=0), [], "id 0 twice"),
-    "duplicate annotation id": (lambda c: c["annotations"][1].update(id=0), [], "id 0 twice"),
-    "no caption": (lambda c: c["annotations"][3].update(caption=" "), [], "id 3: caption"),
-    "a number as caption": (lambda c: c["annotations"][3].update(caption=3), [], "id 3: caption"),
-    "long caption": (lambda c: c["annotations"][2].update(caption="red " * 2000), [], "00002.jpg"),
-    "image token": (lambda c: c["annotations"][2].update(caption="an <image> here"), [], "<image>"),
-    "out of the folder": (lambda c: c["images"][0].update(file_name="../llava/config.json"), [], "../llava/"),
-    "absolute path": (lambda c: c["images"][0].update(file_name="/etc/hosts"), [], "/etc/hosts"),
-    "one image": (lambda c: c.update(annotations=c["annotations"][:1]), [], "two"),
-    "K = 0": (None, ["--keep", 0], "--keep"),
-    "K > N": (None, ["--keep", 145], "144"),
-    "no such model": (None, ["--model", "./no/such/folder"], "no/such/folder"),
-    "steps": (None, ["--steps", 0], "--steps"),
-    "no end of tau": (None, ["--tau-start", "inf"], "--tau-start inf"),
-    "out is a file": (None, ["--out", ROOT / "LICENSE"], "--out"),
-    "batch in too many parts": (None, ["--batch", 2, "--accumulate", 3], "--accumulate"),
-    "patience": (None, ["--patience", -1], "--patience"),
-    "holds a run": (None, ["--out", ROOT / "data/shapes/pruner"], "--overwrite"),
-    "no questions": (None, ["--questions", "none.jsonl"], "none.jsonl"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_TRAINING)
-def test_bad_training_input(what, tmp_path, coco, capsys):
-    change, arguments, words = BAD_TRAINING[what]
-    content, path = coco
-    if isinstance(change, bytes):
-        path.write_bytes(change)
-    elif change:
-        change(content)
-        path.write_text(json.dumps(content))
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "pruner.json").write_text("mine")
-    argv = ["--data", path, "--images", EXAMPLES[0].parent, "--model", TINY, "--steps", 1, "--out", out,
-            *(["--overwrite"] if what != "holds a run" else []), *arguments]
-    assert run(train.main, *argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
-    assert [f.name for f in out.iterdir()] == ["pruner.json"] and (out / "pruner.json").read_text() == "mine"
-
-
-def test_bad_inference_input(tmp_path, capsys):
-    text, other = tmp_path / "note.jpg", tmp_path / "other"
-    text.write_text("no picture")
-    other.mkdir()
-    files.write(other / "scorer.safetensors", Scorer(64).state_dict())
-    files.write(other / "pruner.json", {"model": str(TINY), "width": 64, "keep": 16})
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text('{"model_type": "bert"}')
-    good = EXAMPLES[0]
-    for argv, words in (([tmp_path / "gone.jpg"], "gone.jpg"), ([text], "note.jpg"), ([good, "--keep", 0], "--keep"),
-                        ([good, "--keep", 145], "144"), ([good, "--keep", "some"], "--keep"),
-                        ([good, "--pruner", tmp_path], "pruner.json"), ([good, "--pruner", other], "64 wide"),
-                        ([good, "--model", bare], "bert"), ([good, "--model", tmp_path / "none"], "none"), ([good, "--show", tmp_path / "no" / "k.png"], "--show"),
-                        ([good, "--device", "cuda:77"], "--device")):
-        assert run(infer.main, argv[0], "Where is it?", "--device", "cpu", *argv[1:]) == 2, argv
-        err = capsys.readouterr().err.splitlines()
-        assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2, argv
-
-
-@pytest.mark.parametrize("file", ["throttler.py", "denoiser.py"])
-def test_demonstrations_print_what_their_docstrings_say(file):
-    done = subprocess.run([sys.executable, ROOT / file], capture_output=True, text=True)
-    example = re.search(rf"    \$ python {file}\n((?:    .*\n)+)", (ROOT / file).read_text()).group(1)
-    assert textwrap.dedent(example) == done.stdout and done.stderr == "" and done.returncode == 0
-
-
-@pytest.mark.parametrize("file", ["train.py", "infer.py", "bench.py"])
-def test_help(file):
-    done = subprocess.run([sys.executable, ROOT / file, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5 and done.stderr == ""
-
-
-# --- question files and chat ----------------------------------------------------------------------------------------
-
-@pytest.fixture
-def asked(tmp_path):
-    """A question file about the six example scenes, as rows and a path: repeated ids, prompts of three lengths."""
-    rows = [dict(question_id=i // 2, image=EXAMPLES[i // 3].name, text=QUESTIONS[i % 3], label="yes" if i % 3 else "no",
-                 category=f"kind {i % 2}") for i in range(3 * len(EXAMPLES))]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows, path
-
-
-def test_question_file_in_order_and_as_one_by_one(asked, tmp_path, capsys, monkeypatch):
-    rows, path = asked
-    stock, (scorer, settings) = load(TINY), infer.load_pruner(ROOT / "data/shapes/pruner")
-    T, encoded = settings["thresholds"]["16"]["threshold"], []
-    monkeypatch.setattr(infer, "load", lambda *a: stock)
-    encode = stock.encode
-    monkeypatch.setattr(stock, "encode", lambda inputs: encoded.append(len(inputs["pixel_values"])) or encode(inputs))
-    argv = ["--questions", path, "--images", EXAMPLES[0].parent, "--answers", tmp_path / "a.jsonl", "--device", "cpu",
-            "--pruner", ROOT / "data/shapes/pruner"]
-    assert run(infer.main, *argv, "--batch", 5) == 0
-    assert sum(encoded) == len(EXAMPLES), "an image is encoded once, whatever is asked about it"
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [(a["question_id"], a["prompt"]) for a in answers] == [(r["question_id"], r["text"]) for r in rows]
-    assert all(a.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} for a in answers)
-    assert len({a["answer_id"] for a in answers}) == len(rows) and answers[0]["metadata"]["threshold"] == T
-    for row, answer in zip(rows, answers):
-        inputs = stock.inputs([read_image(EXAMPLES[0].parent / row["image"])], [row["text"]])
-        X = stock.encode(inputs)
-        keep = select(scorer(X), count_above(standardised(scorer(X)), T))
-        assert stock.generate(inputs, X, keep)[0] == answer["text"]
-    assert told["figures"].keys() == {"kind 0", "kind 1", "all"} and told["figures"]["all"].keys() == {
-        "accuracy", "precision", "recall", "f1", "yes"}
-    # other settings, a file of another kind: refused and untouched, unless --overwrite
-    before = (tmp_path / "a.jsonl").read_bytes()
-    assert run(infer.main, *argv, "--keep", 20) == 2 and (tmp_path / "a.jsonl").read_bytes() == before
-    assert "other settings" in capsys.readouterr().err.splitlines()[-1]
-    assert run(infer.main, *argv, "--keep", 20, "--overwrite") == 0 and (tmp_path / "a.jsonl").read_bytes() != before
-    before = path.read_bytes()
-    assert run(infer.main, *argv, "--answers", path) == 2 and path.read_bytes() == before
-
-
-def test_a_killed_question_file_goes_on_where_it_stopped(tmp_path):
-    rows = [dict(question_id=i, text="?" * i) for i in range(12)]
-    count = []
-
-    def answer(left, kill_after=None):  # longest first, in batches of three
-        order = list(range(len(left)))[::-1]
-        for n, part in enumerate(order[at:at + 3] for at in range(0, len(left), 3)):
-            if n == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count.append(len(part))
-            yield [(j, f"answer {left[j]['question_id']}") for j in part]
-
-    def go(path, settings={"model": "m"}, **kw):
-        return questions.answer_file(path, rows, settings, lambda left: answer(left, **kw))
-
-    whole = go(tmp_path / "whole.jsonl")
-    assert whole == [f"answer {i}" for i in range(12)]
-    path, final = tmp_path / "killed.jsonl", (tmp_path / "whole.jsonl").read_bytes()
-    child = os.fork()
-    if not child:
-        go(path, kill_after=2)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    left_behind = path.read_bytes()
-    assert left_behind.count(b"\n") == 6 and b"answer 0" not in left_behind
-    for cut in (0, 1, 30, 400):  # the sixth line whole, or cut off anywhere
-        path.write_bytes(left_behind[:len(left_behind) - cut])
-        count.clear()
-        assert go(path) == whole and path.read_bytes() == final
-        assert sum(count) == 12 - left_behind[:len(left_behind) - cut].count(b"\n")
-    count.clear()
-    assert go(path) == whole and path.read_bytes() == final and not count, "nothing is asked twice"
-    with pytest.raises(InputError, match="other settings"):
-        go(path, {"model": "another"})
-    note = tmp_path / "note.txt"
-    for text in ("a note", "a note\n", '{"a": 1}\n', ""):
-        note.write_text(text)
-        if text:
-            with pytest.raises(InputError, match="no answer file"):
-                go(note)
-        assert note.read_text() == text
-
-
-def test_pope_figures():
-    """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
-    said = ["Yes", "yes.", "Yes, a cat. No dog.", "No", "no", "There is not", "No, none.", "No. Yes", "NO", "none"]
-    labels = ["yes"] * 4 + ["no"] * 6
-    f = questions.figures(said, labels, yes_no=True)
-    assert f == pytest.approx({"accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 2 / 3, "yes": 0.5})
-    assert questions.figures(["no"], ["yes"], yes_no=True) == dict(accuracy=0, precision=0, recall=0, f1=0, yes=0)
-    assert questions.figures(["Red.", "blue"], ["red", "green"]) == {"accuracy": 0.5}
-
-
-def test_science_qa_and_mmbench_are_read_as_llava_does(tmp_path):
-    picture = base64.b64encode(EXAMPLES[0].read_bytes()).decode()
-    for name, suffix in (("mmbench_dev.tsv", questions.LETTER), ("mmbench_dev_cn.tsv", questions.LETTER_CN)):
-        (tmp_path / name).write_text("index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
-                                     f'7\t"Which ""one""?"\tnan\tred\tblue\t\tx\tB\tcolour\t{picture}\n'
-                                     f"8\tWhere?\tLook.\ta\tb\tc\td\t\tplace\t{picture}\n")
-        first, second = questions.read_questions(tmp_path / name, need=("question_id", "image", "text"))
-        assert first["text"] == 'Which "one"?\nA. red\nB. blue' + suffix and first["label"] == "B"
-        assert second["text"] == "Look.\nWhere?\nA. a\nB. b\nC. c\nD. d" + suffix and "label" not in second
-        assert second["question_id"] == 8 and second["image"] == EXAMPLES[0].read_bytes()
-        assert suffix.strip() in (ROOT / "README.md").read_text()
-    (tmp_path / "sqa.json").write_text(json.dumps([
-        {"id": "4", "image": EXAMPLES[0].name, "conversations": [{"value": "<image>\nWhich?\nA. x\nB. y"}]},
-        {"id": "5", "conversations": [{"value": "No picture?"}]}]))
-    row, = questions.read_questions(tmp_path / "sqa.json", EXAMPLES[0].parent, need=("question_id", "image", "text"))
-    assert row["text"] == "Which?\nA. x\nB. y" + questions.LETTER and row["prompt"] == "<image>\n" + row["text"]
-    stock = load(TINY)
-    assert all(text for part in infer.ask(stock, [first, second, row], lambda X, inputs: None) for _, text in part)
-
-
-@pytest.mark.parametrize("K", [16, 144])
-def test_the_images_cache_changes_nothing(vlm, scene, K):
-    X = scene[1][:1]
-    keep = select(X.norm(dim=-1), K) if K < 144 else None
-    cache = infer.image_cache(vlm, vlm.inputs([read_image(EXAMPLES[0])], ["Another?"]), X, keep)
-    for question in QUESTIONS:
-        sequence = vlm.embed(vlm.inputs([read_image(EXAMPLES[0])], [question]), X, keep)
-        assert K < cache.get_seq_length() < sequence["inputs_embeds"].shape[1]
-        cached = {**sequence, infer.CACHE: copy.deepcopy(cache)}
-        torch.testing.assert_close(logits_of(vlm, cached), logits_of(vlm, sequence), atol=1e-9, rtol=0)
-
-
-def test_chat_answers_are_those_of_single_runs(capsys, monkeypatch):
-    stock = load(TINY)
-    monkeypatch.setattr(infer, "load", lambda *a: stock)
-    alone = []
-    for question in QUESTIONS:
-        assert run(infer.main, EXAMPLES[0], question, *SHIPPED) == 0
-        alone.append(capsys.readouterr().out.splitlines()[0])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([QUESTIONS[0], "", *QUESTIONS[1:]])))  # and then its end
-    assert run(infer.main, EXAMPLES[0], *SHIPPED) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line.lstrip("> ") for line in said[0:6:2]] == alone
-    assert all("ms if the image were read again" in line for line in said[1:6:2])
-
-
-def test_picture_from_standard_input_or_the_web(capsys, monkeypatch):
-    monkeypatch.setattr(infer, "load", lambda *a: load(TINY))
-    assert run(infer.main, EXAMPLES[0], QUESTIONS[0], *SHIPPED) == 0
-    answer = capsys.readouterr().out.splitlines()[0]
-    monkeypatch.setattr(sys, "stdin", open(EXAMPLES[0]))
-    assert run(infer.main, "-", QUESTIONS[0], *SHIPPED) == 0
-    assert capsys.readouterr().out.splitlines()[0] == answer
-    for argv, words in ((["-"], "standard input"), (["https://a.org/b.jpg", "What?"], "https://a.org/b.jpg"),
-                        ([], "picture"), (["--questions", "q.jsonl"], "--answers"),
-                        ([EXAMPLES[0], "--questions", "q", "--answers", "a"], "picture")):
-        assert run(infer.main, *argv) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and words in err
-
-
-# --- the three backbones --------------------------------------------------------------------------------------------
-
-LLAMA = dict(model_type="llama", vocab_size=394, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2)
-CLIP = dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=64, num_hidden_layers=3,
-            num_attention_heads=4, image_size=32, patch_size=8)
-SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
-TINY_CONFIGS = {
-    "llava": dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4),
-    "llava, full": dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4,
-                        vision_feature_select_strategy="full", vision_feature_layer=[-2, 1]),
-    "llava, SigLIP": dict(model_type="llava", text_config=LLAMA, vision_config=SIGLIP, image_token_index=4,
-                          vision_feature_select_strategy="full", vision_feature_layer=-1),
-    "llava_next": dict(model_type="llava_next", text_config=LLAMA, vision_config=CLIP, image_token_index=4,
-                       image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [96, 32]]),
-    "qwen2_5_vl": dict(
-        model_type="qwen2_5_vl", image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
-        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8,
-                           window_size=32, fullatt_block_indexes=[1]),
-        text_config={**LLAMA, "model_type": "qwen2_5_vl_text", "vocab_size": 395, "rope_parameters": dict(
-            rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])}),
-}
-SHAPES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
-QWEN_CHAT = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image_pad|>{% else %}"
-             "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}\nassistant\n{% endif %}")
+def three_pictures():
+    return [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module", params=TINY_CONFIGS)
-def folder(request, tmp_path_factory):
-    """A folder with a tiny random model of each class, its own processor, and the embedded default's tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
+def backbone(request, tmp_path_factory):
+    """(vlm in float64, inputs with captions, X): a tiny random model of each class, three pictures in one batch."""
+    folder, config = tmp_path_factory.mktemp("tiny"), TINY_CONFIGS[request.param]
     torch.manual_seed(0)
-    config = TINY_CONFIGS[request.param]
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
-    for p in model.parameters():  # larger than the usual start, so that every token tells
+    stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    for p in stock.parameters():  # larger than the usual start, so that every token tells
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    if config["model_type"] == "qwen2_5_vl":
+    stock.save_pretrained(folder)
+    tokenizer, sizes = AutoTokenizer.from_pretrained(TINY), dict(size={"shortest_edge": 32}, crop_size=32)
+    if request.param == "qwen2_5_vl":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
-        tokenizer.chat_template = QWEN_CHAT
-        content = json.loads((path / "config.json").read_text())
-        content["image_token_id"] = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        (path / "config.json").write_text(json.dumps(content))
-        size = dict(shortest_edge=16 * 16, longest_edge=96 * 96)
-        Qwen2VLImageProcessorPil(patch_size=8, size=size).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return path
-    kind, images = (LlavaNextProcessor, LlavaNextImageProcessorPil) if config["model_type"] == "llava_next" else (
-        LlavaProcessor, CLIPImageProcessorPil)
-    grid = {"image_grid_pinpoints": config["image_grid_pinpoints"]} if "image_grid_pinpoints" in config else {}
-    kind(images(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32), **grid), tokenizer, patch_size=8,
-         chat_template=tokenizer.chat_template).save_pretrained(path)
-    return path
-
-
-def exact(vlm):
-    """In float64: the stock RMS norms round to float32 inside."""
+        tokenizer.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
+        tokenizer.save_pretrained(folder)
+        Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=256, longest_edge=9216)).save_pretrained(folder)
+    elif request.param == "llava_next":
+        images = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **sizes)
+        LlavaNextProcessor(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
+    else:
+        images = CLIPImageProcessorPil(**sizes)
+        LlavaProcessor(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
+    vlm = load(folder, dtype=torch.float64)
     for name, norm in [(n, m) for n, m in vlm.model.named_modules() if type(m).__name__.endswith("RMSNorm")]:
         double = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64).requires_grad_(False)
         double.load_state_dict(norm.state_dict())
-        vlm.model.set_submodule(name, double)
-    return vlm
-
-
-@pytest.fixture(scope="module")
-def backbone(folder):
-    """(vlm in float64, inputs with captions, X): three pictures of different shapes in one batch."""
-    vlm = exact(load(folder, dtype=torch.float64))
-    images = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SHAPES)]
-    inputs = vlm.inputs(images, QUESTIONS, ["One shape.", "Two.", "Three shapes: a red"])
+        vlm.model.set_submodule(name, double)  # the stock one rounds to float32 inside
+    inputs = vlm.inputs(three_pictures(), QUESTIONS, CAPTIONS)
     return vlm, inputs, vlm.encode(inputs)
 
 
 def stock(vlm, inputs):
     """The same, as the stock model takes it."""
-    ours = ("valid", "newline", "patches", "grid", "position_ids")
-    extra = {"mm_token_type_ids": (inputs["input_ids"] == vlm.image_id).int()} if "image_grid_thw" in inputs else {}
-    return {k: v for k, v in inputs.items() if k not in ours} | extra
+    plain = {k: v for k, v in inputs.items() if k not in ("valid", "newline", "patches", "grid", "position_ids")}
+    if "image_grid_thw" in inputs:
+        plain["mm_token_type_ids"] = (inputs["input_ids"] == vlm.image_id).int()
+    return plain
 
 
-def test_backbone_keep_all_is_the_stock_model(backbone):
-    vlm, inputs, X = backbone
-    valid = inputs.get("valid")
-    assert X.shape[2] == vlm.width and (valid is None) == (vlm.tokens is not None)
-    everything = torch.arange(X.shape[1]).expand(len(X), -1)
-    if valid is not None:
-        assert (X[~valid] == 0).all() and valid.all(1).any() and not valid.all()
-        everything = everything.masked_fill(~valid, -1).sort(1).values
-    plain = stock(vlm, inputs)
-    features = vlm.model.model.get_image_features(
-        **{k: plain[k] for k in ("pixel_values", "image_sizes", "image_grid_thw") if k in plain}).pooler_output
-    for i, fed in enumerate(features):  # in raster order, what the stock model feeds its LLM, newline tokens aside
-        mine = vlm.project(X)[i] if valid is None else vlm.project(X)[i, valid[i]]
-        if "newline" in inputs:
-            fed = fed[~inputs["newline"][i, inputs["input_ids"][i] == vlm.image_id]]
-        torch.testing.assert_close(mine, fed, atol=1e-9, rtol=0)
-    options = dict(max_new_tokens=6, min_new_tokens=6, output_logits=True, return_dict_in_generate=True)
-    reference = vlm.model.generate(**plain, **options)
-    real = inputs["attention_mask"].bool()
-    # called without position ids, LLaVA would count the padding too, and rotate by other angles in float32
-    logits = vlm.model(**plain, **({} if "grid" in inputs else {"position_ids": vlm.positions(inputs)})).logits[real]
-    for keep in (None, everything):
-        ours = vlm.model.generate(**vlm.embed(inputs, X, keep), **options)
-        assert ours.sequences.equal(reference.sequences[:, real.shape[1]:])
-        torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=1e-8, rtol=0)
-        sequence = {k: v for k, v in vlm.embed(inputs, X, keep).items() if k != "labels"}
-        torch.testing.assert_close(vlm.model(**sequence).logits[real], logits, atol=1e-8, rtol=0)
-    torch.testing.assert_close(vlm.loss(inputs, X), vlm.model(**plain).loss.double(), atol=2e-6, rtol=0)
+def logits_of(vlm, sequence):
+    """Logits of the prefill's last state and of each of eight decoded tokens, (8, B, V)."""
+    options = dict(max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(vlm.model.generate(**sequence, **options).logits)
 
 
-def test_backbone_pruned_is_the_full_model_masked(backbone):
-    vlm, inputs, X = backbone
-    valid = inputs.get("valid")
-    K = torch.tensor([4, 9, 6]) if valid is None else vlm.budget("30%", X, valid)  # one budget for each image
+def some(inputs, X):
+    """keep (B, K), at random: another number of tokens for each image."""
     scores = torch.rand(X.shape[:2], generator=torch.Generator().manual_seed(0))
-    keep = select(scores if valid is None else scores.masked_fill(~valid, -torch.inf), K)
-    assert (keep >= 0).sum(1).equal(K) and K.unique().numel() > 1 and K.max() == keep.shape[1]
+    if "valid" in inputs:
+        scores = scores.masked_fill(~inputs["valid"], -torch.inf)
+    return select(scores, torch.tensor([4, 9, 6]))
+
+
+@pytest.mark.parametrize("with_keep", [False, True])
+def test_keep_all_is_the_stock_model(backbone, with_keep):
+    vlm, inputs, X = backbone
+    keep = torch.arange(X.shape[1]).expand(len(X), -1) if with_keep else None
+    if with_keep and "valid" in inputs:
+        keep = keep.masked_fill(~inputs["valid"], -1).sort(1).values
+    plain = stock(vlm, inputs)
+    torch.testing.assert_close(logits_of(vlm, vlm.embed(inputs, X, keep)), logits_of(vlm, plain), atol=1e-8, rtol=0)
+    torch.testing.assert_close(vlm.loss(inputs, X, keep), vlm.model(**plain).loss.double(), atol=2e-6, rtol=0)
+
+
+def test_pruning_is_the_full_model_with_pruned_tokens_masked(backbone):
+    vlm, inputs, X = backbone
+    keep, valid = some(inputs, X), inputs.get("valid", torch.ones(X.shape[:2], dtype=torch.bool))
     pruned, full = vlm.embed(inputs, X, keep), vlm.embed(inputs, X)
     assert pruned["inputs_embeds"].shape[1] < full["inputs_embeds"].shape[1]
-    assert pruned["position_ids"].ndim == (3 if "grid" in inputs else 2)
-    chosen = torch.zeros(len(X), X.shape[1] + 1, dtype=torch.long).scatter(1, keep + 1, 1)[:, 1:]
-    mask, visual = full["attention_mask"].clone(), vlm.visual(inputs)
-    for row in range(len(X)):
-        mask[row, visual[row]] = chosen[row] if valid is None else chosen[row, valid[row]]
-    assert mask.sum(1).equal(pruned["attention_mask"].sum(1))
+    chosen = torch.zeros(len(X), X.shape[1] + 1, dtype=torch.long).scatter(1, keep + 1, 1)[:, 1:]  # (B, N)
+    mask = full["attention_mask"].masked_scatter(vlm.visual(inputs), chosen[valid])
     oracle = logits_of(vlm, {**full, "attention_mask": mask})
     vlm.model.generate(**stock(vlm, inputs), max_new_tokens=2)  # leaves rope_deltas behind, which must not matter
     torch.testing.assert_close(logits_of(vlm, pruned), oracle, atol=1e-8, rtol=0)
-    assert (logits_of(vlm, full) - oracle).abs().max() > 1e-3, "the dropped tokens should matter"
-    # presence: alpha of ones and zeros gives the loss of the tokens kept and dropped
-    alpha = chosen.to(X.dtype).requires_grad_()
-    loss = vlm.loss(inputs, X, alpha=alpha)
-    torch.testing.assert_close(loss, vlm.loss(inputs, X, keep), atol=1e-6, rtol=0)
-    ones = torch.ones_like(alpha)
-    torch.testing.assert_close(vlm.loss(inputs, X, alpha=ones), vlm.loss(inputs, X), atol=1e-8, rtol=0)
-    # and one by one is what the batch is
-    for i in range(len(X)):
-        image = shapes.draw_scene(f"test-{i}")[0].resize(SHAPES[i])
-        alone = vlm.inputs([image], [QUESTIONS[i]])
-        x = vlm.encode(alone)
-        assert "valid" not in alone
-        torch.testing.assert_close(x[0], X[i] if valid is None else X[i, valid[i]], atol=1e-9, rtol=0)
-        assert valid is None or vlm.budget("30%", x) == K[i]
+    # a deliberate mistake must be seen: nothing dropped, or positions closed up
+    assert (logits_of(vlm, full) - oracle).abs().max() > 1e-3
+    closed = (pruned["attention_mask"].cumsum(-1) - 1).clamp_min(0).expand_as(pruned["position_ids"])
+    assert (logits_of(vlm, {**pruned, "position_ids": closed}) - oracle).abs().max() > 1e-3
 
 
-def test_backbone_sends_gradients_to_the_scorer(backbone):
+def test_a_batch_is_what_its_pictures_are_one_by_one(backbone):
     vlm, inputs, X = backbone
-    torch.manual_seed(0)
+    keep = some(inputs, X)
+    batched = vlm.generate(vlm.inputs(three_pictures(), QUESTIONS), X, keep, max_new_tokens=6)
+    for i, picture in enumerate(three_pictures()):
+        alone = vlm.inputs([picture], QUESTIONS[i:i + 1])
+        x, mine = vlm.encode(alone), keep[i:i + 1, keep[i] >= 0]  # (1, N, d_v), (1, K)
+        N = vlm.tokens or inputs["valid"][i].sum()
+        assert x.shape == (1, N, vlm.width) and (X[i, N:] == 0).all()
+        torch.testing.assert_close(x[0], X[i, :N], atol=1e-9, rtol=0)
+        assert vlm.generate(alone, x, mine, max_new_tokens=6) == batched[i:i + 1]
+
+
+def test_labels_are_the_caption_and_the_end_of_text(backbone):
+    vlm, inputs, _ = backbone
+    told = [vlm.processor.tokenizer.decode(row[row != -100]).strip() for row in inputs["labels"]]
+    assert told == [caption + "</s>" for caption in CAPTIONS]
+
+
+def test_gradient_checkpointing_changes_nothing(backbone):
+    """Also with gaps in the positions, which transformers takes for packed sequences where there is no mask."""
+    vlm, inputs, X = backbone
+    x, results, calls = X.clone().requires_grad_(), [], []
+    hook = vlm.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for start in (vlm.model.eval, vlm.recompute):
+        start()
+        for keep in (None, some(inputs, X)):
+            loss = vlm.loss(inputs, x, keep)
+            results.append((loss, *torch.autograd.grad(loss, x)))
+    hook.remove()
+    vlm.model.eval()  # which turns it off
+    torch.testing.assert_close(results[2:], results[:2], atol=1e-12, rtol=1e-9)
+    assert len(calls) == 2 + 4, "it must run twice for each loss"
+
+
+def test_a_box_is_where_its_token_looks(backbone):
+    """A picture that is white in one box only: of all patches of its view, that token's is the brightest."""
+    vlm, first = backbone[0], int(backbone[0].tokens == 17)  # 17: with the class token of 'full'
+    for width, height in SIZES[:1] if vlm.tokens else SIZES:  # LLaVA-1.5 crops to a square, and speaks of that
+        dark = vlm.inputs([Image.new("RGB", (width, height))], ["?"])
+        boxes, N = vlm.boxes(dark), vlm.encode(dark).shape[1]
+        assert boxes.shape == (N, 4) and (boxes[:first] == 0).all() and (boxes[first:, 2:] > boxes[first:, :2]).all()
+        for i in range(first, N, 5):
+            picture = Image.new("RGB", (width, height))
+            picture.paste("white", [round(share * side) for share, side in zip(boxes[i].tolist(), 2 * (width, height))])
+            light, number = vlm.inputs([picture], ["?"])["pixel_values"] - dark["pixel_values"], i - first
+            if "grid" in dark:
+                light = light.view(N, -1).sum(1)
+            else:  # (tiles, 3, 32, 32) -> (patches of all tiles,)
+                light = light.unflatten(2, (4, 8)).unflatten(4, (4, 8)).sum((1, 3, 5)).flatten()
+            if "patches" in dark:  # the whole picture comes first, then its tiles
+                number = dark["patches"][0, i].item()
+                light[slice(16, None) if number < 16 else slice(16)] = -1
+            assert light.argmax() == number and light[number] > 0
+
+
+@pytest.mark.parametrize("name, parameters, N, newlines", [
+    ("llava-1.5-7b", 7063427072, 576, 0), ("llava-next-7b", 7063431168, 576 + 48 * 48, 48),
+    ("qwen2.5-vl-3b", 3754622976, 24 * 24, 0), ("qwen2.5-vl-7b", 8292166656, 24 * 24, 0)])
+def test_random_architectures_have_the_published_sizes(name, parameters, N, newlines):
+    vlm = load("random:" + name, "meta", torch.bfloat16)
+    assert sum(p.numel() for p in vlm.model.parameters()) == parameters
+    assert {(p.dtype, p.device.type) for p in vlm.model.parameters()} == {(torch.bfloat16, "meta")}
+    inputs = vlm.dummy_inputs(2, 95)
+    X = vlm.encode(inputs)
+    assert X.shape == (2, N, vlm.width)
+    sequence = vlm.embed(inputs, X, torch.zeros(2, 9, dtype=torch.long, device="meta"))
+    assert sequence["inputs_embeds"].shape[1] == 95 + 9 + newlines
+
+
+def test_the_memory_plan_is_what_autograd_keeps():
+    vlm = load(TINY)
+    inputs = vlm.inputs(three_pictures(), QUESTIONS, CAPTIONS)
+    X = vlm.encode(inputs)
     scorer, denoiser, statistics = Scorer(vlm.width), Denoiser(vlm.width), whitening(X)
-    for recipe in ("ours", "papers"):
-        scorer.zero_grad()
-        loss, alpha = train.training_loss(vlm, scorer, denoiser, statistics, inputs, "30%", 0.5, **parts_of(recipe))
-        loss.backward()
-        K = torch.as_tensor(vlm.budget("30%", X, inputs.get("valid"))).expand(len(X))
-        torch.testing.assert_close(alpha.detach().sum(1), K.float())
-        assert "valid" not in inputs or (alpha[~inputs["valid"]] == 0).all()
-        assert all(p.grad.isfinite().all() for p in scorer.parameters()) and scorer.head.weight.grad.abs().sum() > 0
+    weights = [p for module in (vlm.model, scorer, denoiser) for p in module.parameters()]
+    fixed, kept = {p.untyped_storage().data_ptr() for p in weights}, {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t  # holds it, so that no two have one address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        X_tilde = vp_gate(X, soft_top_k(scorer(X), 16, 0.5), *statistics)
+        vlm.loss(inputs, denoiser(X_tilde)).backward()
+    bytes_kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in fixed)
+    plan = vlm.memory(learned=1000, B=3)
+    assert 0.6 * plan["activations"] < bytes_kept < 1.2 * plan["activations"]
+    assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters()) and plan["learned"] == 16000
 
 
-def test_backbone_from_the_command_line(folder, tmp_path, capsys):
-    pictures = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(2 * SHAPES)]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
-    (tmp_path / "coco.json").write_text(json.dumps({
-        "images": [dict(id=i, file_name=f"{i}.png") for i in range(6)],
-        "annotations": [dict(id=i, image_id=i, caption="Two shapes.") for i in range(6)]}))
-    common = ("--device", "cpu", "--dtype", "float32")
-    out = tmp_path / "out"
-    training = ("--data", tmp_path / "coco.json", "--model", folder, "--steps", 2, "--batch", 3, "--recipe", "ours")
-    assert run(train.main, *training, "--budget", "image", "--keep", "25%", "--out", out, *common) == 0
-    assert json.loads((out / "pruner.json").read_text())["curve"][-1]["step"] == 1
-    capsys.readouterr()
-    question = (tmp_path / "1.png", "How many?", "--pruner", out, "--json", "--max-new-tokens", 5, *common)
-    assert run(infer.main, *question) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(said["kept"]) == max(1, round(0.25 * said["tokens"])) and said["kept"] == sorted(set(said["kept"]))
-    assert run(infer.main, *question, "--keep", "all") == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    vlm = load(folder)
-    inputs = vlm.inputs([read_image(tmp_path / "1.png")], ["How many?"])
-    ids = vlm.model.generate(**stock(vlm, inputs), max_new_tokens=5)[:, inputs["input_ids"].shape[1]:]
-    assert said["answer"] == vlm.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-    assert len(said["kept"]) == said["tokens"] == int(vlm.visual(inputs).sum())
-    if vlm.tokens is None:
-        assert run(infer.main, *question, "--show", tmp_path / "kept.png") == 2 and "--show" in capsys.readouterr().err
+def test_as_many_images_are_taken_as_the_plan_allows():
+    vlm, learned = load("random:llava-1.5-7b", "meta", torch.bfloat16), 41_000_000
+    assert vlm.memory(learned, 32)["activations"] == pytest.approx(85e9, rel=0.05)
+    for free, recompute in ((10e9, False), (34e9, False), (66e9, False), (10e9, True)):
+        n = vlm.images_that_fit(learned, free, recompute)
+        fits, not_more = (vlm.memory(0, B, recompute)["activations"] + 16 * learned for B in (n, n + 1))
+        assert n > 0 and fits <= 0.9 * free < not_more
+    assert vlm.images_that_fit(learned, 1e9) == 0
 
 
-def test_budgets(vlm):
-    for keep, K in ((16, 16), ("16", 16), ("all", 144), ("11.1%", 16), ("100%", 144), ("0.1%", 1)):
-        assert vlm.budget(keep) == vlm.budget(keep, torch.zeros(2, 144, 1)) == K
-    for keep in (0, 145, "", "%", "0%", "101%", "-3", "1.5", "nan%", "1e1%", "²"):
-        with pytest.raises(InputError, match="--keep"):
-            vlm.budget(keep)
-    varying, valid = copy.copy(vlm), torch.arange(30) < torch.tensor([[30], [9], [2]])
-    varying.tokens = None
-    for keep, K in (("10%", [3, 1, 1]), ("all", [30, 9, 2]), (12, [12, 9, 2])):
-        assert varying.budget(keep, valid, valid).tolist() == K and varying.budget(keep) == keep
+# --- model folders ----------------------------------------------------------------------------------------------------
+
+def changed(folder, file, content):
+    """A copy of the tiny LLaVA with one file replaced by a text, removed (None), or changed by a dict.
+
+    A dict for weights has an end of tensors' names and a number to fill them with, or None to remove them.
+    """
+    path = shutil.copytree(TINY, folder / "model") / file
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        path.write_text(content)
+    elif path.suffix == ".json":
+        old = json.loads(path.read_text())
+        for key, value in content.items():
+            old[key] = {**old[key], **value} if key in old and isinstance(value, dict) else value
+        path.write_text(json.dumps(old))
+    else:
+        tensors = load_file(path)
+        (end, value), = content.items()
+        for name in [name for name in tensors if name.endswith(end)]:
+            if value is None:
+                del tensors[name]
+            else:
+                tensors[name].fill_(value)
+        save_file(tensors, path, {"format": "pt"})
+    return path.parent
 
 
-def test_rows_with_budgets_of_their_own():
-    torch.manual_seed(0)
-    scores, valid = torch.randn(4, 30, dtype=torch.float64), torch.arange(30) < torch.tensor([[30], [30], [12], [5]])
-    scores, K = scores.masked_fill(~valid, -torch.inf), torch.tensor([7, 20, 12, 1])
-    alpha, keep = soft_top_k(scores, K, 0.3), select(scores, K)
-    assert keep.shape == (4, 20)
-    for row in range(4):
-        n = valid[row].sum()
-        torch.testing.assert_close(alpha[row, :n], soft_top_k(scores[row, :n], K[row].item(), 0.3), atol=1e-12, rtol=0)
-        assert (alpha[row, n:] == 0).all()
-        assert keep[row].tolist() == [-1] * (20 - K[row]) + select(scores[row:row + 1, :n], K[row].item())[0].tolist()
-    assert (select(scores, 15) >= 0).sum(1).tolist() == [15, 15, 12, 5], "padding is never selected"
-    assert torch.autograd.gradcheck(lambda s: soft_top_k(s.masked_fill(~valid, -torch.inf), K, 0.5), scores.masked_fill(
-        ~valid, 0).requires_grad_())
-    for wrong in (torch.tensor([7, 31, 1, 1]), torch.tensor([1, 1, 13, 1]), torch.tensor([-1, 1, 1, 1])):
-        with pytest.raises(ValueError):
-            soft_top_k(scores, wrong)
-        with pytest.raises(ValueError):
-            select(scores, wrong)
+@pytest.mark.parametrize("file, content, words", [
+    ("model.safetensors", {"lm_head.weight": None}, "lm_head.weight is missing"),
+    ("model.safetensors", {"lm_head.weight": math.nan}, "--dtype float32"),
+    ("model.safetensors", {"pre_layrnorm.weight": math.inf}, "--dtype float32"),
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ("model.safetensors", "half a file", "reading the weights"),
+    ("adapter_config.json", "{}", "LoRA"),
+    ("config.json", "[]", "reading config.json"),
+    ("config.json", {"model_type": "blip"}, "'blip'.*llava, llava_next, qwen2_5_vl"),
+    ("config.json", {"text_config": {"num_hidden_layers": 1}}, r"layers\.1\.\S+ is not in the model"),
+    ("config.json", {"text_config": {"vocab_size": 390}}, r"lm_head.weight is \(\d+, \d+\) .*\(390, \d+\)"),
+    ("config.json", {"text_config": {"model_type": "mistral", "sliding_window": 64}}, "sliding"),
+    ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ("config.json", {"image_token_index": 5, "image_token_id": 5}, "<image> is 4, .*image token 5"),
+    ("tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}', "tokenizer.json"),
+    ("processor_config.json", {"image_processor": {"crop_size": {"height": 64, "width": 64}}}, "grey picture.*64"),
+    ("processor_config.json", {"image_processor": {"do_center_crop": False}}, "grey picture"),  # fits squares only
+    ("chat_template.jinja", None, "no chat template"),
+    ("chat_template.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "<image> stands for the picture"),
+])
+def test_a_faulty_model_is_refused_in_one_line_that_names_it(file, content, words, tmp_path):
+    folder = changed(tmp_path, file, content)
+    with pytest.raises(InputError, match=words) as e:
+        load(folder)
+    assert str(e.value).startswith(str(folder)) and "\n" not in str(e.value) and len(str(e.value)) < 600
 
 
-def test_scorer_does_not_see_padding():
-    torch.manual_seed(0)
-    scorer, rows = Scorer(64), [torch.randn(n, 64) for n in (9, 20, 1)]
-    X = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    valid = torch.arange(20) < torch.tensor([[9], [20], [1]])
-    X[~valid] = 1e3
-    scores = scorer(X, valid)
-    for row, x in enumerate(rows):
-        torch.testing.assert_close(scores[row, :len(x)], scorer(x[None])[0], atol=1e-5, rtol=0)
-        assert scores[row, len(x):].isneginf().all()
-    standard = standardised(scores, valid)
-    torch.testing.assert_close(standard[0, :9], standardised(scorer(rows[0][None]))[0], atol=1e-4, rtol=0)
-    standard[valid].square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in scorer.parameters())
+@pytest.mark.parametrize("file, content", [
+    ("tokenizer_config.json", {"pad_token": None}),
+    ("tokenizer_config.json", {"eos_token": None}),
+    ("config.json", {"attn_implementation": "flash_attention_2"}),
+    ("chat_template.jinja", "{{ bos_token }}" + TEMPLATE),  # which the tokenizer writes, too
+    ("chat_template.json", json.dumps({"chat_template": TEMPLATE})),
+    ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+])
+def test_another_way_to_write_the_same_model_is_read(file, content, tmp_path):
+    folder, said = changed(tmp_path, file, content), []
+    if file.endswith(".json") and "chat_template" in content:
+        (folder / "chat_template.jinja").unlink()
+    for vlm in (load(folder), load(TINY)):
+        inputs = vlm.inputs(three_pictures(), QUESTIONS)
+        said.append((inputs["input_ids"].tolist(), vlm.generate(inputs, vlm.encode(inputs), max_new_tokens=8)))
+    assert said[0] == said[1]
 
 
-def test_random_architectures(monkeypatch):
-    """The true shapes, on the meta device; and shrunken ones that run."""
-    sizes = {"llava-1.5-7b": 7063427072, "llava-next-7b": 7063431168, "qwen2.5-vl-3b": 3754622976,
-             "qwen2.5-vl-7b": 8292166656}
-    for name, parameters in sizes.items():
-        vlm = load("random:" + name, "meta", torch.bfloat16)
-        assert sum(p.numel() for p in vlm.model.parameters()) == parameters
-        assert {p.dtype for p in vlm.model.parameters()} == {torch.bfloat16} and vlm.model.device.type == "meta"
-        inputs = vlm.dummy_inputs(2, 95, (140, 84) if "qwen" in name else None)
-        X = vlm.encode(inputs)
-        N = {"llava-1.5-7b": 576, "llava-next-7b": 576 + 48 * 48}.get(name, 5 * 3)
-        assert X.shape == (2, N, vlm.width) and X.device.type == "meta"
-        sequence = vlm.embed(inputs, X, torch.zeros(2, 9, dtype=torch.long, device="meta"))
-        assert sequence["inputs_embeds"].shape[1] == 95 + 9 + (48 if "next" in name else 0)
-    for name, config in TINY_CONFIGS.items():
-        monkeypatch.setitem(model.RANDOM, name, config)
-        vlm = load("random:" + name, dtype=torch.bfloat16)
-        inputs = vlm.dummy_inputs(2, 9, (64, 96))
-        X = vlm.encode(inputs)
-        logits = vlm.model(**vlm.embed(inputs, X, select(torch.rand(X.shape[:2]), 5)), logits_to_keep=1).logits
-        assert X.isfinite().all() and logits.isfinite().all() and logits.std() > 0 and logits.dtype == torch.bfloat16
-    with pytest.raises(InputError, match="random:llava-1.5-7b"):
-        load("random:gpt")
+def test_nothing_in_a_model_folder_is_executed(tmp_path, monkeypatch):
+    kinds = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+    code = {"auto_map": dict.fromkeys(kinds, "evil.Evil"), "processor_class": "Evil"}
+    folder = changed(tmp_path, "evil.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | code))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_an_unknown_backbone_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
-    with pytest.raises(InputError, match="'blip'.*llava, llava_next, qwen2_5_vl"):
-        load(tmp_path)
-    for change, words in ((dict(vision_config={**SIGLIP, "model_type": "pixtral"}), "vision tower"),
-                          (dict(model_type="llava_next", vision_feature_select_strategy="full"), "class token")):
-        config = AutoConfig.for_model(**{**TINY_CONFIGS["llava"], **change})
+def test_a_loaded_model_is_taken_with_its_processor():
+    loaded = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    ours, theirs = load(TINY), load(loaded, processor=AutoProcessor.from_pretrained(TINY))
+    inputs = ours.inputs(three_pictures(), QUESTIONS)
+    assert theirs.model is loaded and not any(p.requires_grad for p in loaded.parameters())
+    assert theirs.generate(inputs, theirs.encode(inputs)) == ours.generate(inputs, ours.encode(inputs))
+    with pytest.raises(InputError, match="processor="):
+        load(loaded)
+
+
+def test_a_device_that_cannot_answer_is_refused():
+    for device, words in (("cuda:99", "cuda:99"), ("toaster", "--device cpu"), ("meta", "random:")):
         with pytest.raises(InputError, match=words):
-            model.BACKBONES[config.model_type](AutoModelForImageTextToText.from_config(config), None, "this one")
+            load(TINY, device)
 
 
-# --- the README -----------------------------------------------------------------------------------------------------
-
-def test_readme_counts_backbones_right():
-    readme = (ROOT / "README.md").read_text()
-    for name, N, K in (("LLaVA-1.5-7B", 576, 64), ("LLaVA-NeXT-7B", 2880, 320), ("Qwen2.5-VL-3B", 576, 64), ("Qwen2.5-VL-7B", 576, 64)):
-        vlm = load(f"random:{name.lower()}", "meta", torch.bfloat16)
-        L = vlm.dummy_inputs(1, 95)["input_ids"].shape[1]
-        full, pruned = (bench.prefill_flops(vlm, length) / 1e12 for length in (L, L - N + K))
-        assert f"| {name} | {N} | {K} | {full:.3f} | {pruned:.3f} | {full / pruned:.2f}× |" in readme
+def test_features_that_are_no_numbers_give_no_answer(backbone):
+    vlm, inputs, X = backbone
+    broken = X.index_fill(1, torch.tensor([0]), math.nan)
+    assert vlm.loss(inputs, broken).isnan()
+    with pytest.raises(InputError, match="--dtype float32"):
+        vlm.generate(inputs, broken)
 
 
-def test_readme_has_not_drifted():
-    readme = (ROOT / "README.md").read_text()
-    for name, lines in re.findall(r"\| `([\w./]+\.py)` \| (\d+) \|", readme):
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name}: the README says {lines} lines"
-    assert len(re.findall(r"\| `[\w./]+\.py` \| \d+ \|", readme)) == 11
-    lines = lambda text: "\n".join(line.strip() for line in text.splitlines()) + "\n"  # without the indentation
-    code = [lines((ROOT / name).read_text()) for name in
-            ("throttler.py", "denoiser.py", "model.py", "train.py", "infer.py", "bench.py")]
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert len(snippets) >= 6
-    for snippet in snippets:  # line after line, as it stands in one file
-        assert any("\n" + lines(snippet) in text for text in code), f"not in the code:\n{snippet}"
-    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
-        assert (ROOT / path).exists(), path
-    pictures = (ROOT / "assets/draw.py").read_text().split("PICTURES = ")[1]
-    drawn = {f"{name}.png" for name in re.findall(r'"(\w+)": \w+', pictures)}
-    shown = set(re.findall(r"\(assets/(\w+\.png)\)", readme))
-    assert drawn == shown == {p.name for p in (ROOT / "assets").glob("*.png")}
-    assert all((ROOT / "assets" / name).stat().st_size < 300_000 for name in drawn)
-    section = readme.split("## What our measurements say")[1].split("## LLaVA-1.5-7B")[0].splitlines()
-    rows = [line for line, next in zip(section, section[1:]) if line.startswith("| ") and not next.startswith("|---")]
-    assert rows == list(draw.tables()), "what train.py and bench.py measured, and nothing else"
-    full = json.loads((ROOT / "assets/ablations_full.json").read_text())["ablations"]
-    assert "400 steps took {:.0f} s and {:.0f} s".format(full["ours"]["seconds"], full["papers"]["seconds"]) in readme
+def test_a_text_is_checked_against_what_the_picture_leaves(backbone, monkeypatch):
+    vlm, fits, longer = backbone[0], "é" * 10, "é" * 11
+    inputs = vlm.inputs(three_pictures()[:1], [fits])
+    monkeypatch.setattr(vlm, "context", inputs["input_ids"].shape[1])
+    with pytest.raises(InputError, match="shorten"):
+        vlm.inputs(three_pictures()[:1], [longer])
+    if vlm.tokens is None:  # then check_text knows nothing of the picture
+        monkeypatch.setattr(vlm, "context", (inputs["input_ids"] != vlm.image_id).sum().item())
+    vlm.check_text(fits, "line 7")
+    with pytest.raises(InputError, match="line 7 is longer"):
+        vlm.check_text(longer, "line 7")
+
+
+@pytest.mark.parametrize("text, words", [("Is {} red?", "stands for the picture"), ("\ud83d!", "half a character")])
+def test_a_text_that_no_model_can_read_is_refused(text, words, backbone):
+    vlm = backbone[0]
+    with pytest.raises(InputError, match=f"line 7 .*{words}"):
+        vlm.check_text(text.format(vlm.processor.image_token), "line 7")
+    with pytest.raises(InputError, match=words):
+        vlm.inputs(three_pictures()[:1], [text.format(vlm.processor.image_token)])
+
+
+def test_tokens_beyond_the_embedding_are_refused():
+    vlm = load(TINY)
+    vlm.processor.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(InputError, match="get both of one model"):
+        vlm.inputs(three_pictures()[:1], ["Is it a zebra?"])
+
+
+def test_a_prompt_without_a_place_for_each_token_fails_its_trial(backbone, monkeypatch):
+    vlm = backbone[0]
+    if "grid" in backbone[1]:
+        monkeypatch.setattr(vlm.processor.image_processor, "merge_size", 4)
+    else:
+        monkeypatch.setattr(vlm.processor, "patch_size", 4)
+    with pytest.raises(InputError, match="the model: (.* places for|a trial fails)"), one_line("the model", "a trial"):
+        vlm.trial()
+
+
+# --- pictures and files -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("white, kind, suffix", [(65535, "H", ".png"), (65535, "H", ".tif"), (4095, "H", ".tif"),
+                                                 (2 ** 24, "i", ".tif"), (1, "f", ".tif"), (255, "f", ".tif")])
+def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
+    samples = struct.pack(f"<3{kind}", *(value if kind == "f" else int(value) for value in (0, white / 2, white)))
+    Image.frombytes({"H": "I;16", "i": "I", "f": "F"}[kind], (3, 1), samples).save(tmp_path / f"deep{suffix}")
+    assert list(read_image(tmp_path / f"deep{suffix}").convert("L").tobytes()) == pytest.approx([0, 127.5, 255], abs=1)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    """A black square on a transparent black ground."""
+    square = Image.new("L", (8, 8))
+    square.paste(255, (2, 2, 6, 6))
+    for mode in ("RGBA", "LA"):
+        image = Image.new(mode, (8, 8))
+        image.putalpha(square)
+        image.save(tmp_path / "logo.png")
+        assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
+
+
+def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
+    picture, exif = read_image(EXAMPLES[0]).crop((0, 0, 96, 48)), Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "turned.png", exif=exif)
+        with Image.open(tmp_path / "turned.png") as image:
+            assert read_image(tmp_path / "turned.png").tobytes() == ImageOps.exif_transpose(image).tobytes()
+    orientation, text = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x011a, 2, 4, b"72\0\0")
+    picture.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + orientation + text + 4 * b"\0")
+    assert read_image(tmp_path / "broken.jpg").size == (48, 96)
+
+
+def test_bad_images_are_named(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    Image.new("1", (30_000, 1)).save(tmp_path / "thin.png")
+    good, postscript = EXAMPLES[0].read_bytes(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    for name, content, words in (
+            ("truncated.jpg", good[:len(good) // 2], "truncated"), ("empty.jpg", b"", "cannot identify"),
+            ("program.jpg", postscript, "cannot identify"), ("bomb.png", None, "bomb"), ("thin.png", None, "1:200")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: cannot be read as an image .*{words}"):
+            read_image(tmp_path / name)
+
+
+def test_a_frame_shows_each_patch_as_bright_as_its_alpha():
+    picture = pictures.frame(Image.new("RGB", (40, 20)), BOXES, torch.tensor([1, 1, 0.5, 0, 0.2, 0.1]))
+    levels = [picture.getpixel(at)[0] for at in ((5, 5), (25, 5), (5, 15), (25, 15))]
+    assert levels == pytest.approx([204 * (1 - alpha) for alpha in (1, 0.5, 0.1, 0.2)], abs=2)
+
+
+def test_a_sheet_shows_the_highest_in_red_and_the_lowest_in_blue():
+    """Five tokens, the first without a place; number 1 is kept, number 4 scores lowest."""
+    X, scores = torch.tensor([[9, 9], [1, 0], [1, 0], [0, 1], [2, 0.0]]), torch.tensor([0.0, 5, 1, 2, -1])
+    grey = (128, 128, 128)
+    image = Image.new("RGB", (50, 50), grey)
+    sheet = pictures.sheet(image, BOXES[:5], scores, torch.tensor([1]), X, "Why?", "ab", side=100)
+    kept, colored, matrix = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in
+                              ((35, 25), (85, 25), (85, 75))] for panel in range(3))
+    assert kept[0] == grey and min(kept[1]) > 200 and kept[2] == kept[1]
+    assert colored[0][0] > colored[0][2] + 50 and colored[1] == grey and colored[2][2] > colored[2][0] + 50
+    assert matrix == 3 * [pictures.HEAT[2]], "both have one direction"
+
+
+def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
+    (tmp_path / "link.json").symlink_to("real.json")
+    files.write(tmp_path / "link.json", files.rounded({"a": [1.23456789]}))
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"a": [1.2346]}
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("folder.json", "pipe.json", "no/such/folder.json", 300 * "n" + ".json"):
+        with pytest.raises(InputError, match="cannot be written"):
+            files.write(tmp_path / name, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "link.json", "pipe.json", "real.json"]
+
+
+@pytest.mark.parametrize("code, status, out", [
+    ("print('café')", 0, b"caf\\xe9\n"), ("raise files.InputError('é ' * 999)", 2, b""),
+    ("import time; print('a', flush=True); time.sleep(0.5); print('b' * 10**6)", 141, b"a\n")])
+def test_odd_terminals_end_no_run_with_a_traceback(code, status, out):
+    program = f"from data import files\ndef main():\n    {code}\nfiles.cli(main)"
+    environment, pipe = {**os.environ, "PYTHONIOENCODING": "ascii"}, subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe)
+    assert process.stdout.readline() == out
+    process.stdout.close()  # the reader goes away
+    assert process.stderr.read().count(b"\n") == (status == 2) and process.wait() == status
+
+
+# --- question files, captions -----------------------------------------------------------------------------------------
+
+def question(**changes):
+    return {"question_id": 1, "image": "00000.jpg", "text": "What color is the star?", **changes}
+
+
+def read(path, content, need=("question_id", "image", "text")):
+    """The rows of a question file with this content: bytes, or rows."""
+    text = content if isinstance(content, bytes) else "".join(json.dumps(row) + "\n" for row in content).encode()
+    path.write_bytes(text)
+    return questions.read_questions(path, EXAMPLES[0].parent, need)
+
+
+def test_question_files_of_all_forms_are_read(tmp_path):
+    rows, path = [question(), question(question_id=2, category=3, label=["green", "lime"])], tmp_path / "q.jsonl"
+    first, second = [json.dumps(row).encode() for row in rows]
+    for content in (rows, b"\xef\xbb\xbf" + first + b"\n  \n" + second + b" \r\n", json.dumps(rows).encode()):
+        told = read(path, content)
+        assert [row["image"] for row in told] == [EXAMPLES[0]] * 2 and told[0]["category"] == "all"
+        assert told[1]["label"] == ["green", "lime"] and told[1]["category"] == "3" and told[1]["where"][-1] in "23"
+    (tmp_path / "beside.jpg").symlink_to(EXAMPLES[1])
+    assert read(path, [question(image="beside.jpg")])[0]["image"] == tmp_path / "beside.jpg"
+    with pytest.raises(InputError, match="line 2: has no label"):
+        read(path, [question(label="a"), question()], need=("image", "text", "label"))
+    with pytest.raises(InputError, match="eval.lmms --tasks mmbench_en_dev"):
+        read(tmp_path / "mmbench.tsv", b"index\tquestion\n")
+
+
+@pytest.mark.parametrize("content, words", [
+    ([question(), question(image=["a.jpg", "b.jpg"])], "line 2: .*one file name"), ([question(image=42)], "one file"),
+    ([question(image=None)], "line 1: has no image"), ([question(image="/9j/" + 4000 * "A")], "line 1: .*one file"),
+    ([question(image="../llava/config.json")], "one file name"), ([question(image=300 * "n")], "no file nnn.*--images"),
+    ([question(image="\ud83d.jpg")], "no file"), ([question(text=3)], "text must be a string"), (b"3", "has no"),
+    ([question(label={"a": 1})], "label"), ([{"image": "00000.jpg", "text": "?"}], "has no question_id"),
+    (json.dumps(question(text=500 * "x")).encode("utf-16"), "UTF-8"), (b'\n{"text": ' + 5000 * b"x", "line 2: cannot"),
+    (b"[" * 200_000, "cannot be read"), (b'[{"image": null, "conversations": []}]', "scienceqa_img"), (b"\n", "no q")])
+def test_what_is_wrong_in_a_question_file_is_named_in_a_short_line(content, words, tmp_path):
+    with pytest.raises(InputError, match=f"q.jsonl: .*{words}") as e:
+        read(tmp_path / "q.jsonl", content)
+    assert len(str(e.value)) < 500
+
+
+def test_what_is_right_and_popes_figures(capsys):
+    """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
+    for answer, label in (("Green.", ["green", "lime"]), ("lime", ["green", "Lime."]), ("3", 3), (" red", "Red")):
+        assert questions.is_right(answer, label, yes_no=False) and not questions.is_right("blue", label, yes_no=False)
+    said = ["Yes", "yes.", "Yes, a cat. No dog.", "No", "no", "There is not", "No, none.", "No. Yes", "NO", "none", "?"]
+    rows = [question(label="yes", category="all")] * 4 + [question(label="no", category="all")] * 6
+    assert questions.score([*rows, question(category="all")], said) == {
+        "all": pytest.approx({"accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 2 / 3, "yes": 0.5})}
+    assert "10 of 11 questions have a label" in capsys.readouterr().out
+
+
+def answers(left):
+    """Answers as ask() yields them: the longest first, in batches of three."""
+    for at in range(len(left) - 1, -1, -3):
+        yield [(j, f"answer {left[j]['question_id']}") for j in range(at, max(-1, at - 3), -1)]
+
+
+def test_a_killed_question_file_continues_where_it_stopped(tmp_path):
+    rows, asked, path = [question(question_id=i) for i in range(12)], [], tmp_path / "killed.jsonl"
+
+    def go(path, answer=answers):
+        asked.clear()
+        return questions.answer_file(path, rows, {"model": "m"}, lambda left: asked.extend(left) or answer(left))
+
+    def killed(left):
+        for n, part in enumerate(answers(left)):
+            yield part if n < 2 else os.kill(os.getpid(), signal.SIGKILL)
+    whole = go(tmp_path / "whole.jsonl")
+    assert whole == [f"answer {i}" for i in range(12)]
+    final, child = (tmp_path / "whole.jsonl").read_bytes(), os.fork()
+    if not child:
+        go(path, killed)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    left_behind = path.read_bytes()
+    for cut in (0, 1, 30, 400):  # the sixth line whole, or cut off anywhere
+        path.write_bytes(left_behind[:len(left_behind) - cut])
+        there = path.read_bytes().count(b"\n")
+        assert go(path) == whole and path.read_bytes() == final and len(asked) == 12 - there < 12
+
+
+def test_answers_replace_nothing_else_and_two_runs_do_not_mix(tmp_path):
+    rows, link = [question()], tmp_path / "link.jsonl"
+    link.symlink_to("real.jsonl")
+
+    def second(left):
+        with pytest.raises(InputError, match="another run is writing"):
+            questions.answer_file(tmp_path / "real.jsonl", rows, {"model": "m"}, answers, overwrite=True)
+        return answers(left)
+    questions.answer_file(link, rows, {"model": "m"}, second)
+    assert link.is_symlink() and len((tmp_path / "real.jsonl").read_text().splitlines()) == 1
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "note.jsonl").write_text("a note\n")
+    for name, words in (("pipe.jsonl", "no ordinary file"), ("no/a.jsonl", "cannot"), ("note.jsonl", "no answer file")):
+        with pytest.raises(InputError, match=words):
+            questions.answer_file(tmp_path / name, rows, {"model": "m"}, answers)
+    assert (tmp_path / "note.jsonl").read_text() == "a note\n"
+
+
+def read_captions(folder, field, changes):
+    """A captions file of links to the six example scenes, after changes to the second image or annotation."""
+    content = {"images": [dict(id=i, file_name=p.name) for i, p in enumerate(EXAMPLES)],
+               "annotations": [dict(id=i, image_id=i, caption=f"Caption {i}.") for i in range(6)]}
+    content[field][1].update(changes)
+    for path in EXAMPLES:
+        (folder / path.name).symlink_to(path)
+    (folder / "coco.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    return coco_files.read_coco(folder / "coco.json")
+
+
+def test_links_are_followed_and_held_out_images_are_drawn_at_random(tmp_path):
+    read = read_captions(tmp_path, "annotations", {"id": None})
+    assert read == {tmp_path / p.name: [f"Caption {i}."] for i, p in enumerate(EXAMPLES)}
+    pairs = {f"{i}.jpg": [f"{i}"] for i in range(100)}
+    training, held_out = coco_files.split(pairs, 0)
+    assert len(held_out) == 5 and dict(training + held_out) == pairs and (training, held_out) == coco_files.split(pairs, 0)
+    assert held_out not in (list(pairs.items())[-5:], coco_files.split(pairs, 1)[1])
+
+
+@pytest.mark.parametrize("field, changes, words", [
+    ("images", {"id": None}, "00001.jpg.*id of its own"), ("images", {"id": 0}, "00001.jpg.*id of its own"),
+    ("images", {"file_name": 300 * "n"}, "no file nnn"), ("images", {"file_name": "\ud83d.jpg"}, "no file"),
+    ("images", {"file_name": "../a.jpg"}, "one file name"), ("images", {"file_name": str(PICTURE)}, "one file name"),
+    ("annotations", {"id": 0}, "id 0 twice"), ("annotations", {"image_id": 99}, "id 1: image_id 99 .*drop it"),
+    ("annotations", {"image_id": "1"}, "id 1: .*as numbers"), ("annotations", {"caption": " "}, "id 1: caption"),
+    ("annotations", {"image_id": []}, "objects"), ("annotations", {"caption": None}, "id 1: caption")])
+def test_what_is_wrong_in_a_captions_file_is_named(field, changes, words, tmp_path):
+    with pytest.raises(InputError, match=f"coco.json: .*{words}") as e:
+        read_captions(tmp_path, field, changes)
+    assert len(str(e.value)) < 400
+
+
+def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    pairs = [(tmp_path / "bad.jpg", ["bad"]), *((path, [path.name, "other"]) for path in EXAMPLES)]
+    data, again, ordered = coco_files.Captions(pairs, 0), coco_files.Captions(pairs, 0), coco_files.Captions(pairs)
+    samples = [data[g] for g in range(21)]
+    assert [again[g] for g in (20, 3, 9)] == [samples[g] for g in (20, 3, 9)]
+    epochs = [[sample[1].tobytes() for sample in samples[at:at + 7]] for at in (0, 7, 14)]
+    assert epochs[0] != epochs[1] and all(len(set(epoch)) == 6 for epoch in epochs)
+    assert sum(len(sample[3]) for sample in samples) == 3 and len({sample[2] for sample in samples}) > 4
+    assert ordered[0][2:] == (EXAMPLES[0].name, [str(tmp_path / "bad.jpg")]) and ordered[3][2] == EXAMPLES[2].name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_the_processor_refuses_counts_as_unreadable(vlm, monkeypatch, workers):
+    kind, refused = type(vlm.processor.image_processor), read_image(EXAMPLES[1]).tobytes()
+    call = kind.__call__
+
+    def picky(self, images, *a, **kw):
+        if refused in [image.tobytes() for image in (images if isinstance(images, list) else [images])]:
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return call(self, images, *a, **kw)
+    monkeypatch.setattr(kind, "__call__", picky)
+    data, skipped = coco_files.Captions([(path, [path.name]) for path in EXAMPLES]), set()
+    (g, inputs, n), (_, _, none) = coco_files.load_batches(vlm, data, [[0, 1], [2, 3]], "Describe.", workers, skipped)
+    assert list(g) == [0, 1] and (n, none) == (1, 0) and skipped == {str(EXAMPLES[1])}
+    told = vlm.processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert [text.split()[-1] for text in told] == ["00000.jpg", "00002.jpg"]
+    with pytest.raises(InputError, match="^a question has <image> in it"):
+        list(coco_files.load_batches(vlm, data, [[0]], "<image>", workers, skipped))
+
+
+# --- a pruner, infer.py -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, tensors, changes", [
+    ("head.weight", {"head.weight": None}, {}), ("more", {"more": torch.ones(1)}, {}),
+    ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
+    ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
+    ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
+    ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
+def test_bad_pruners_are_named_before_memory_is_taken(words, tensors, changes, tmp_path):
+    settings = {"model": str(TINY), "width": 64, "tokens": 144, "keep": 16} | changes
+    tensors = {name: t.clone() for name, t in (Scorer(64).state_dict() | tensors).items() if t is not None}
+    save_file(tensors, tmp_path / "scorer.safetensors")
+    files.write(tmp_path / "pruner.json", {name: value for name, value in settings.items() if value is not None})
+    with pytest.raises(InputError, match=words):  # 10⁹ squared would take 4 exabytes
+        pruner.load_pruner(tmp_path)
+
+
+def test_a_budget_on_average_goes_by_the_table():
+    z = standardised(torch.randn(50, 144, generator=torch.Generator().manual_seed(0)))
+    whole = {"tokens": 144, "thresholds": quantiles(z)}
+    for text, K in (("~16", 16), ("~11.1%", 16), ("~7", 7), ("~100", 100), ("~144", 144)):
+        assert (z > pruner.threshold_of(Budget.parse(text), whole, 144)).sum() / 50 == pytest.approx(K, rel=0.02)
+    short = {"tokens": 144, "thresholds": {"shares": [0.05, 0.5], "values": [2.0, 0.0]}}
+    for settings, text, N, words in ((short, "~7", 144, "5.00% to 50.00%"), (short, "~73", 144, "stay within"),
+                                     (whole, "~16", 576, "144 visual tokens.*576"), ({}, "~16", 144, "no thresholds")):
+        with pytest.raises(InputError, match=words):
+            pruner.threshold_of(Budget.parse(text), settings, N)
+
+
+def test_the_chooser_keeps_what_it_says(vlm):
+    scorer, settings = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    settings |= {"keep": "~16", "thresholds": {"shares": [0, 1], "values": [1.0, -2.0]}}
+    X = vlm.encode(vlm.inputs([read_image(p) for p in EXAMPLES], ["?"] * 6))
+    scores, T = scorer(X), 1 - 3 * 16 / 144
+    above = select(scores, count_above(standardised(scores), T))
+    for options, keep, goes_by in (
+            ({}, above, {"keep": "~16"}), ({"T": T}, above, {"threshold": T}),
+            ({"budget": Budget(9)}, select(scores, 9), {"keep": "9"}),
+            ({"budget": Budget(9), "choose": "diverse"}, select_diverse(scores, X, 9), {"keep": "9"})):
+        choose, told = pruner.chooser(vlm, scorer, settings, **options)
+        assert choose(X, {}).equal(keep) and told == {**goes_by, "choose": options.get("choose", "top")}
+    assert pruner.chooser(vlm, scorer, settings, Budget(144))[0](X, {}) is None
+    with pytest.raises(InputError, match="no numbers"):
+        pruner.chooser(vlm, lambda X, valid: scores * math.nan, settings)[0](X, {})
+
+
+def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(backbone, tmp_path, monkeypatch):
+    vlm, encode, encoded = backbone[0], backbone[0].encode, []
+    for i, picture in enumerate(three_pictures()):
+        picture.save(tmp_path / f"{i}.png")
+    rows = [question(image=tmp_path / f"{i % 3}.png", text=QUESTIONS[i // 2]) for i in range(6)]
+    monkeypatch.setattr(vlm, "encode", lambda inputs: encoded.extend(inputs["input_ids"]) or encode(inputs))
+
+    def longest(X, inputs):  # padding is zero
+        return select(X.norm(dim=-1), 5)
+    for choose in (longest, lambda X, inputs: None):
+        encoded.clear()
+        said = dict(pair for part in infer.ask(vlm, rows, choose, batch=4, max_new_tokens=5) for pair in part)
+        assert len(encoded) == 3 and len(said) == 6
+        for i, row in enumerate(rows):
+            inputs = vlm.inputs([read_image(row["image"])], [row["text"]])
+            X = encode(inputs)
+            assert vlm.generate(inputs, X, choose(X, inputs), 5)[0] == said[i]
+
+
+@pytest.mark.parametrize("K", [5, None])
+def test_the_images_cache_changes_nothing(backbone, K):
+    vlm, image = backbone[0], three_pictures()[1]
+    X = vlm.encode(vlm.inputs([image], ["?"]))
+    keep = None if K is None else select(X.norm(dim=-1), K)
+    cache = infer.image_cache(vlm, vlm.inputs([image], ["Another?"]), X, keep)
+    for text in QUESTIONS:
+        sequence = vlm.embed(vlm.inputs([image], [text]), X, keep)
+        cached = logits_of(vlm, {**sequence, infer.CACHE: copy.deepcopy(cache)})
+        torch.testing.assert_close(cached, logits_of(vlm, sequence), atol=1e-9, rtol=0)
+        assert 0 < cache.get_seq_length() < sequence["inputs_embeds"].shape[1]
+
+
+def test_show_draws_the_kept_patch_in_its_place_on_every_backbone(backbone, tmp_path, capsys):
+    """The last token is the patch at the bottom right, whether or not there are a class token, tiles or windows."""
+    vlm, image = backbone[0], Image.new("RGB", three_pictures()[1].size)
+    args = SimpleNamespace(image="a", question="?", max_new_tokens=4, show=tmp_path / "a.png", json=True)
+    infer.answer_one(args, vlm, image, lambda X, inputs: torch.tensor([[X.shape[1] - 1]]), lambda X: X.norm(dim=-1))
+    said, sheet = json.loads(capsys.readouterr().out.splitlines()[-1]), Image.open(args.show).convert("L")
+    assert said["kept"] == [said["tokens"] - 1]
+    seen = pictures.seen_by_model(vlm, vlm.inputs([image], ["?"]), image)
+    kept = sheet.crop((10, 108, 410, 108 + round(400 * seen.height / seen.width)))
+    assert kept.getpixel((kept.width - 2, int(0.9 * kept.height))) < 50
+    assert sum(value < 50 for value in kept.tobytes()) < kept.width * kept.height / 8, "the others are pale"
+
+
+def test_one_question_from_the_command_line(capsys, monkeypatch):
+    """--keep all answers as the stock model does; the last line compares with all tokens."""
+    stock = load(TINY)
+    inputs = stock.inputs([read_image(EXAMPLES[0])], [QUESTIONS[1]])
+    ids = stock.model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
+    assert run(infer.main, EXAMPLES[0], QUESTIONS[1], *SHIPPED, "--keep", "all") == 0
+    assert capsys.readouterr().out.splitlines()[0] == stock.processor.decode(ids, skip_special_tokens=True).strip()
+    with open(EXAMPLES[0]) as picture:
+        monkeypatch.setattr(sys, "stdin", picture)
+        assert run(infer.main, "-", QUESTIONS[0], *SHIPPED) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"kept 16 of 144 tokens, prefill \d+ ms \(all tokens: \d+ ms\)", out.splitlines()[-1])
+    assert err.count("\n") == 1 and "model data/shapes/llava, pruner" in err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["gone.jpg", "?"], "gone.jpg"), (["-"], "standard input"), ([], "picture"), (["--questions", "q"], "--answers"),
+    ([PICTURE, "?", "--keep", 0], "--keep"), ([PICTURE, "?", "--keep", 145], "144"), ([PICTURE, " "], "empty"),
+    ([PICTURE, "?", "--keep", 9, "--threshold", 1], "without --keep"), ([PICTURE, "?", "--pruner", "no"], "no:"),
+    ([PICTURE, "--show", "k.png"], "--show"), ([PICTURE, "?", "--show", "no/k.png"], "--show no/k.png"),
+    (["--questions", "q", "--answers", "a.json"], "ends in .jsonl"), ([PICTURE, "a <image>", "--keep", 9], "<image>")])
+def test_bad_inference_input(argv, words, capsys):
+    assert run(infer.main, *argv, "--device", "cpu") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ") and words in err[-1] and len(err) <= 2
+
+
+def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, monkeypatch):
+    alone = []
+    for text in QUESTIONS:
+        assert run(infer.main, EXAMPLES[0], text, *SHIPPED) == 0
+        alone.append(capsys.readouterr().out.splitlines()[0])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([QUESTIONS[0], "", "Is <image> red?", *QUESTIONS[1:]])))
+    assert run(infer.main, EXAMPLES[0], *SHIPPED) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[::2] == alone and err.count("error: ") == 1 and "<image>" in err.splitlines()[-1]
+    assert all("all 144 tokens, read again" in line for line in out.splitlines()[1::2])
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert run(infer.main, EXAMPLES[0], *SHIPPED) == 0 and not capsys.readouterr().out
+
+
+def test_a_question_file_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """Answers are resumed only by the same model: one changed weight is another."""
+    stock, path, answered = load(TINY), tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    monkeypatch.setattr(infer, "load", lambda *a: stock)
+    read(path, [question(question_id=i, text=QUESTIONS[i % 3], category="popular") for i in range(6)])
+    argv = ("--questions", path, "--images", PICTURE.parent, "--answers", answered, *SHIPPED)
+    assert run(infer.main, *argv, "--json") == 0
+    out, said = capsys.readouterr().out, [json.loads(line) for line in answered.read_text().splitlines()]
+    assert f"--question-file {path} --result-file {answered}" in out and '"questions": 6' in out.splitlines()[-1]
+    assert [row["question_id"] for row in said] == list(range(6)) and said[0]["metadata"]["keep"] == "16"
+    assert run(infer.main, *argv, "--keep", 20) == 2 and "keep 16 (now 20)" in capsys.readouterr().err.splitlines()[-1]
+    stock.model.lm_head.weight[0, 0] += 1
+    assert run(infer.main, *argv) == 2 and "weights" in capsys.readouterr().err.splitlines()[-1]
+    assert len(answered.read_text().splitlines()) == 6 and run(infer.main, *argv, "--overwrite") == 0
+    read(path, [question(text="red " * 2000)])
+    assert run(infer.main, *argv, "--overwrite") == 2 and "q.jsonl: line 1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_describes_every_flag_and_says_what_a_default_is(capsys):
+    assert run(infer.main, "--help") == 0
+    told = capsys.readouterr().out
+    assert "question files:" in told and not re.search(r"\((?!default)[\w.]+\)$", told, re.M)
+    assert not re.findall(r"^  --?[\w-]+( [A-Z]+)?$", told, re.M), "a flag without a description"
+
+
+@pytest.fixture(scope="module")
+def scene(vlm):
+    """Three pictures and their features."""
+    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], ["?"] * 3)
+    return inputs, vlm.encode(inputs)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A question file of six drawn scenes with five questions each, and a pruner with thresholds."""
+    folder = tmp_path_factory.mktemp("asked")
+    with open(folder / "test.jsonl", "w") as file:
+        for i in range(6):
+            image, objects = shapes.draw_scene(f"test-{i}")
+            image.save(folder / f"{i}.png")
+            for j, (kind, text, label) in enumerate(shapes.questions(objects, random.Random(i))):
+                row = dict(question_id=5 * i + j, image=f"{i}.png", text=text, label=label, category=kind)
+                file.write(json.dumps(row) + "\n")
+    torch.manual_seed(0)
+    width = load(TINY).width
+    save_file(Scorer(width).state_dict(), folder / "scorer.safetensors")
+    thresholds = {"images": 6, "shares": [0.01, 0.5, 1.0], "values": [2.3, 0.0, -3.0]}
+    settings = {"model": str(TINY), "width": width, "tokens": 144, "keep": "16", "thresholds": thresholds}
+    (folder / "pruner.json").write_text(json.dumps(settings))
+    return folder
+
+
+# --- criteria ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("N", [144, 145])
+def test_the_uniform_grid_keeps_exactly_k_patches_and_a_class_token_last(N):
+    X = torch.zeros(2, N, 1)
+    sixteen = [12 * y + x + N - 144 for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
+    assert criteria.uniform_grid(X, 16)[0].tolist() == sixteen
+    for K in range(1, N + 1):
+        keep = criteria.uniform_grid(X, K)
+        assert keep.shape == (2, K) and (keep.diff(dim=1) > 0).all() and keep.max() < N
+        assert (keep.min() >= N - 144) or K > 144, "the class token is no patch"
+
+
+def test_max_min_diversity_is_its_plain_definition(scene):
+    _, X = scene
+    far = 1 - F.cosine_similarity(X[0][:, None], X[0][None], dim=-1)
+    far.fill_diagonal_(torch.inf)
+    kept = [far.amin(1).argmax().item()]
+    while len(kept) < 9:
+        rest = [i for i in range(144) if i not in kept]
+        kept.append(max(rest, key=lambda i: min(far[i, j].item() for j in kept)))
+    assert criteria.max_min_diversity(X, 9)[0].tolist() == sorted(kept)
+
+
+def test_the_fast_dpp_is_greedy_over_determinants():
+    X = torch.randn(2, 20, 40, generator=torch.Generator().manual_seed(0))
+    quality = torch.linspace(0.5, 2, 20).expand(2, -1)
+    for b, keep in enumerate(criteria.dpp(X, 8, quality)):
+        x = F.normalize(X[b].double(), dim=-1) * quality[b].double()[:, None]
+        kept = []
+        while len(kept) < 8:
+            rest = [i for i in range(20) if i not in kept]
+            kept.append(max(rest, key=lambda i: torch.logdet(x[kept + [i]] @ x[kept + [i]].T).item()))
+        assert keep.tolist() == sorted(kept)
+
+
+def test_a_dpp_beyond_the_rank_of_the_features_still_keeps_k_tokens():
+    X = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    keep = criteria.dpp(X, 20)
+    assert keep.shape == (2, 20) and (keep.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("class_token", [0, 1])
+def test_pooling_puts_each_cells_mean_at_its_centre(class_token):
+    X = torch.randn(2, 144 + class_token, 5, generator=torch.Generator().manual_seed(0))
+    pooled, keep = criteria.average_pooling(X, 16)
+    cell = X[1, class_token:].view(12, 12, -1)[3:6, 6:9].mean((0, 1))  # row 1, column 2 of 4 x 4
+    torch.testing.assert_close(pooled[1, keep[1, 6]], cell)
+    assert keep.equal(criteria.uniform_grid(X, 16))
+    assert criteria.cells(144, 48) == (6, 8) and criteria.cells(144, 31) is None
+
+
+def test_cls_attention_is_that_of_the_stock_encoder(vlm, scene):
+    inputs, _ = scene
+    stock = LlavaForConditionalGeneration.from_pretrained(TINY, dtype="float32", attn_implementation="eager")
+    stock = stock.model.vision_tower
+    attention = stock(inputs["pixel_values"], output_attentions=True).attentions[-2].mean(1)[:, 0]  # (B, 1 + N)
+    torch.testing.assert_close(criteria.cls_attention(vlm, inputs), attention[:, 1:], atol=1e-5, rtol=1e-3)
+    full = load(TINY).model
+    full.config.vision_feature_select_strategy = "full"
+    with_class = criteria.cls_attention(Llava(full, None, "full"), inputs)
+    torch.testing.assert_close(with_class, attention, atol=1e-5, rtol=1e-3)
+
+
+def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
+    X, N = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([30, 20])
+    inputs, K = {"valid": torch.arange(30) < N[:, None]}, torch.tensor([6, 4])
+    ways = criteria.criteria(SimpleNamespace(tokens=None))
+    assert set(ways) == {"random", "norm", "diversity", "DPP"}
+    for name, choose in ways.items():
+        keep = choose(X, inputs, K)
+        assert ((keep >= 0).sum(1) == K).all() and (keep < N[:, None]).all() and (keep[1, :2] == -1).all()
+        if name != "random":
+            assert keep[1, 2:].equal(choose(X[1:, :20], {}, 4)[0]), name
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("budget", ["16", "~16"])
+def test_the_scorers_row_is_what_infer_answers(asked, tmp_path, capsys, budget):
+    some = ("--questions", asked / "test.jsonl", "--pruner", asked, "--device", "cpu", "--keep", budget)
+    assert run(accuracy.main, *some, "--seeds", 1, "--json", tmp_path / "accuracy.json") == 0
+    measured = json.loads((tmp_path / "accuracy.json").read_text())
+    assert {"conditions", "command", "accuracy"} <= set(measured)
+    assert list(measured["accuracy"]) == ["all 144", f"scorer {budget}", "random 16", "uniform 16", "blind"]
+    capsys.readouterr()
+    assert run(infer.main, *some, "--answers", tmp_path / "answers.jsonl") == 0
+    printed = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2}
+    for kind, share in measured["accuracy"][f"scorer {budget}"].items():
+        assert f"{100 * share:.1f}" == printed[kind]
+
+
+def test_random_is_the_mean_of_its_draws_and_blind_sees_nothing(vlm, asked, monkeypatch):
+    rows = accuracy.read_questions(asked / "test.jsonl")
+    kept = []
+    monkeypatch.setattr(vlm, "generate", lambda inputs, X, keep, **_: kept.append(keep) or ["two"] * (len(keep) // 2) + [
+        "no"] * (len(keep) - len(keep) // 2))
+    ways = accuracy.free_choices(vlm, Budget(16), 3, others=False)
+    right, counts = accuracy.right_or_wrong(vlm, rows, ways)
+    assert len(kept) == 4 and not kept[0].equal(kept[1]) and kept[0][0].equal(kept[0][4]), "one draw for each image"
+    assert set(counts["random 16"]) == {16} and len(right["uniform 16"]) == 30
+
+
+def test_the_blind_answer_is_the_full_models_without_its_visual_tokens(vlm, scene):
+    inputs, X = scene
+    sequence = vlm.embed(inputs, X)
+    sequence["attention_mask"] = sequence["attention_mask"] * ~vlm.visual(inputs)
+    masked = vlm.model(**sequence).logits[:, -1]
+    blind = vlm.model(**vlm.embed(inputs, X, torch.full((3, 1), -1))).logits[:, -1]
+    torch.testing.assert_close(blind, masked, atol=1e-4, rtol=1e-4)
+
+
+def test_a_category_of_which_the_full_model_gets_nothing_is_left_out():
+    full = {"a": 0.5, "b": 0.0}
+    assert accuracy.retention({"a": 0.25, "b": 0.0}, full) == accuracy.retention({"a": 0.25, "b": 0.5}, full) == 50
+
+
+def test_the_interval_is_binomial_over_images_not_questions():
+    rows = [dict(image=i // 5, category="abcde"[i % 5]) for i in range(2000)]  # 400 images with five questions each
+    full, pruned = [1.0] * 2000, [float(i // 5 < 320) for i in range(2000)]  # an image's five succeed or fail together
+    assert accuracy.bootstrap(full, full, rows) == (100, 100)
+    half_width = 100 * 1.96 * (0.8 * 0.2 / 400) ** 0.5
+    assert accuracy.bootstrap(pruned, full, rows) == pytest.approx((80 - half_width, 80 + half_width), abs=0.5)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+def test_flops_are_the_published_count_and_those_of_a_batch():
+    vlm = SimpleNamespace(model=SimpleNamespace(config=AutoConfig.for_model("llava")))  # LLaVA-1.5-7B
+    one, four = (bench.prefill_flops(vlm, batch, 671) for batch in (1, 4))
+    assert one / 1e12 == pytest.approx(8.927, abs=1e-3) and four == 4 * one
+
+
+def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
+    assert run(bench.main, "speed", "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2,
+               "--words", 3, "--json", tmp_path / "speed.json") == 0
+    made = json.loads((tmp_path / "speed.json").read_text())["speed"]
+    assert list(made["rows"]) == [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
+    for name, row in made["rows"].items():
+        assert all(row[stage]["median"] > 0 for stage in ("encode", "project", "prefill", "first", "decode", "answer"))
+        rate = 1000 * int(name[-1]) / row["answer"]["median"]
+        assert row["images_per_second"]["answer"] == pytest.approx(rate, rel=1e-3)
+    rows = made["rows"]
+    cache = rows["keep 36, batch 1"]["cache_bytes"] / rows["all 144, batch 1"]["cache_bytes"]
+    assert cache == pytest.approx((36 + 95) / (144 + 95))
+    assert rows["all 144, batch 2"]["tflops"] == pytest.approx(2 * rows["all 144, batch 1"]["tflops"], rel=1e-4)
+    named = {"scorer", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
+    assert all(set(ways) == named for ways in made["choosing"].values()) and len(made["choosing"]) == 2
+    assert "ms to choose" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["--repeats -1", "--batch 0", "--words 0", "--keep 0", "--keep 400", "--json /no/x.json"])
+def test_wrong_arguments_of_bench_are_one_line(wrong, capsys):
+    assert run(bench.main, "--model", TINY, "--device", "cpu", *wrong.split()) == 2
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def test_a_failed_measurement_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "speed.json").write_text("old")
+    monkeypatch.setattr(bench, "speed", lambda vlm, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(bench.main, "--model", TINY, "--device", "cpu", "--json", tmp_path / "speed.json")
+    assert (tmp_path / "speed.json").read_text() == "old"
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+def test_the_papers_alternatives_do_what_their_names_say():
+    X, alpha = torch.randn(400, 50, 3), torch.full((400, 50), 0.3)
+    L = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.5]])
+    X, mean = X @ L.T + 1, torch.ones(3)
+    channel, isotropic = (gate(X, 0 * alpha, mean, L).flatten(0, 1) for gate in (study.channel_gate, study.isotropic_gate))
+    torch.testing.assert_close(channel.T.cov(), (L @ L.T).diag().diag(), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(isotropic.T.cov(), torch.eye(3) * (L @ L.T).diag().mean(), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(study.scale_gate(X, alpha, mean, L), 0.3 * X)
+
+
+def test_gumbel_samples_k_whole_tokens_with_the_soft_gradient():
+    scores, weight = torch.randn(2, 12, requires_grad=True), torch.randn(2, 12)
+    torch.manual_seed(0)
+    alpha = study.gumbel_top_k(scores, 4, 0.5)
+    assert alpha.sum(1).tolist() == pytest.approx([4, 4]) and ((alpha - alpha.round()).abs() < 1e-6).all()
+    torch.manual_seed(0)
+    noise = -(-torch.rand(2, 12).clamp_min(1e-20).log()).log()
+    soft = soft_top_k(scores + noise, 4, 0.5)
+    torch.testing.assert_close(*(torch.autograd.grad((a * weight).sum(), scores)[0] for a in (alpha, soft)))
+
+
+def test_a_variant_is_trained_again_only_when_it_is_made_otherwise(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(study, "train", lambda args, recipe: args.out.mkdir(exist_ok=True) or made.append(recipe))
+    args = argparse.Namespace(study="ablations", variants=["papers, Gumbel"], seeds=1, steps=3, runs=tmp_path,
+                              device="cpu", dtype="float32")
+    for steps, trainings in ((3, 1), (3, 1), (4, 2)):
+        args.steps = steps
+        assert study.trained(args) == {("papers, Gumbel", 0): tmp_path / "papers-Gumbel-0"}
+        assert len(made) == trainings
+    monkeypatch.setitem(study.VARIANTS["ablations"], "papers, Gumbel", study.PAPERS)
+    study.trained(args)
+    assert made[0].top_k is study.gumbel_top_k and made[2] is study.PAPERS
+
+
+@pytest.fixture
+def small(asked, monkeypatch):
+    """The embedded default's questions, cut short, and a pruner with thresholds in the place of the one that ships."""
+    monkeypatch.setattr(study, "prepare", lambda: asked)
+    monkeypatch.setattr(study, "SHIPPED", asked)
+    return argparse.Namespace(device="cpu", questions=asked / "test.jsonl", seeds=2, steps=3)
+
+
+def test_positions_closes_the_gaps_and_changes_nothing_else(small, monkeypatch):
+    seen = []
+
+    def answer(vlm, rows, ways):
+        inputs = vlm.inputs([read_image(EXAMPLES[0])], ["?"])
+        X = vlm.encode(inputs)
+        seen.append(vlm.embed(inputs, X, ways["scorer"][0](X, inputs)))
+        return {name: [1.0] * len(rows) for name in ways}, {}
+
+    monkeypatch.setattr(study, "right_or_wrong", answer)
+    study.positions(small)
+    original, closed = seen
+    assert closed["position_ids"][0].diff().eq(1).all() and not original["position_ids"][0].diff().eq(1).all()
+    assert closed["inputs_embeds"].equal(original["inputs_embeds"])
+
+
+def test_fidelity_holds_what_is_measured_against_the_written_rule(small, monkeypatch):
+    real = {"random 48": 97.3, "random 32": 93.6, "random 16": 86.9, "diversity 48": 99.6, "diversity 32": 99.2,
+            "diversity 16": 97.3, "CLS 16": 90.0, "pooling 16": 88.0, "all": 100.0}
+
+    def answer(vlm, rows, ways):
+        return {name: [real.get(name, 50.0) / 100] * len(rows) for name in ways}, {}
+
+    monkeypatch.setattr(study, "right_or_wrong", answer)
+    assert all(holds for *_, holds in study.fidelity(small)["rule"])
+    for name, value in (("random 16", 80.0), ("diversity 16", 99.0), ("CLS 16", 80.0), ("all", 98.0)):
+        monkeypatch.setitem(real, name, value)
+        assert not all(holds for *_, holds in study.fidelity(small)["rule"]), name
+        monkeypatch.undo()
+        monkeypatch.setattr(study, "right_or_wrong", answer)

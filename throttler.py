@@ -56,11 +56,12 @@ class Block(nn.Module):
 
 
 class Scorer(nn.Module):
-    """One logit per visual token: X (B, N, d_v) -> scores (B, N), float32 or wider.
+    """One logit per visual token: X (B, N, d_v) -> scores (B, N).
 
     Two blocks with global attention, width min(d_v, 1024), then a linear head. It sees the image only, never the
     question, so its choice can be kept for further questions about the same image. Where images have different
     numbers of tokens, valid (B, N) says which are real: padding is not attended to, and scores -inf.
+    It works in float32 whatever the VLM's type: in bfloat16 some twenty scores of a picture would be equal.
     """
 
     def __init__(self, d_v):
@@ -84,20 +85,12 @@ class Scorer(nn.Module):
         self.mean.copy_(mean)
         self.map.copy_(V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt() @ V.T)
 
-    def deploy(self, dtype):
-        """The blocks in the VLM's number type, as under autocast in training; the whitening stays in float32."""
-        for part in (self.inp, self.blocks, self.norm, self.head):
-            part.to(dtype)
-        return self.eval().requires_grad_(False)
-
     def forward(self, X, valid=None):
-        with torch.autocast(X.device.type, enabled=False):
-            x = (X.to(self.map.dtype) - self.mean) @ self.map  # (B, N, d_v)
-        x = self.inp(x.to(self.head.weight.dtype))  # (B, N, width)
+        x = (X.to(self.map.dtype) - self.mean) @ self.map  # (B, N, d_v)
+        x = self.inp(x)  # (B, N, width)
         for block in self.blocks:
             x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
 
 
@@ -146,8 +139,8 @@ class SoftTopK(torch.autograd.Function):
         return ds.to(grad.dtype), None, None
 
 
-def check_budget(scores, K, least):
-    """ValueError unless each row's budget lies between `least` and its tokens. A K for all rows waits for no device."""
+def check_count(scores, K, least):
+    """ValueError unless each row's K lies between `least` and its tokens. One int for all rows waits for no device."""
     N = (~scores.isneginf()).sum(-1) if torch.is_tensor(K) else scores.shape[-1]
     if not torch.as_tensor((least <= K) & (K <= N)).all():
         raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
@@ -160,7 +153,7 @@ def soft_top_k(scores, K, tau=1.0):
     A score of -inf (padding) gets exactly 0. K may be any number from 0 to N, or a tensor (...,) with one for each row,
     from 0 to the tokens that are not padding; ValueError otherwise.
     """
-    check_budget(scores, K, 0)
+    check_count(scores, K, 0)
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
     return SoftTopK.apply(scores, K, tau)
@@ -178,14 +171,6 @@ def whitening(X):
     values, vectors = torch.linalg.eigh(X.T @ X / len(X))
     L = vectors * values.clamp_min(1e-8 * values[-1].clamp_min(0)).sqrt()  # columns: √λ_i · v_i
     return mean.float(), L.float()
-
-
-def noise_factor(L, noise):
-    """L (d_v, d_v) for the gate: the features' covariance, or an ablation, each channel's variance or one for all."""
-    if noise != "whitened":
-        variance = L.square().sum(1)  # (d_v,), the diagonal of L·Lᵀ
-        L = (variance if noise == "channel" else variance.mean().expand_as(variance)).sqrt().diag()
-    return L.contiguous()  # one layout in memory before and after a resume: the layout changes the rounding
 
 
 def _sqrt(t):
@@ -208,43 +193,28 @@ def vp_gate(X, alpha, mean, L, noise=None):
     return a * X + (1 - a) * mean.to(X.dtype) + b * noise
 
 
-def scale_gate(X, alpha):
-    """Ablation: alpha·X in place of the noise gate. A small alpha loses nothing that a denoiser cannot scale back."""
-    return alpha.unsqueeze(-1).to(X.dtype) * X
+def standardised(scores):
+    """z = (s - mean) / standard deviation over each image's real tokens, (B, N) -> (B, N); padding stays -inf.
 
-
-def gumbel_top_k(scores, K, tau=1.0):
-    """Ablation: a sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through), for scale_gate."""
-    noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
-    alpha = soft_top_k(noisy, K, tau)
-    hard = F.pad(torch.zeros_like(alpha), (1, 0)).scatter(-1, select(noisy, K) + 1, 1.0)[..., 1:]
-    return hard + alpha - alpha.detach()
-
-
-def standardised(scores, valid=None):
-    """z = (s - mean) / standard deviation over each image's real tokens, (B, N) -> (B, N).
-
-    Soft top-K is blind to a shift of an image's scores, so their level means nothing; z's level does. (1e-5 is added to
-    the variance.)
+    Soft top-K is blind to a shift of an image's scores, so their level means nothing. The level of z does.
     """
-    if valid is None:
-        return F.layer_norm(scores, scores.shape[-1:])
-    n = valid.sum(-1, keepdim=True)
-    s = scores.masked_fill(~valid, 0)
-    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(~valid, 0)
-    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(~valid, -torch.inf)
-
-
-def threshold(z, total):
-    """The T above which exactly `total` of the standardised scores z lie: midway from the last of them to the next."""
-    high = z[z != -torch.inf].sort(descending=True).values  # padding aside
-    below = high[total] if total < len(high) else high[-1] - 1
-    return ((high[total - 1] + below) / 2).item()
+    padding = scores.isneginf()
+    n = (~padding).sum(-1, keepdim=True)
+    s = scores.masked_fill(padding, 0)
+    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(padding, 0)
+    return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(padding, -torch.inf)
 
 
 def count_above(z, T):
     """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for select."""
     return (z > T).sum(-1).clamp_min(1)
+
+
+def hardness_of(alpha, K):
+    """Mean of the K largest weights of each image, (B,). At 1, what is trained is what is deployed."""
+    total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
+    K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
+    return total.gather(1, K[:, None] - 1)[:, 0] / K
 
 
 def select(scores, K):
@@ -253,12 +223,40 @@ def select(scores, K):
     ValueError unless 1 <= K <= N. K may be a tensor (B,), one for each row; a row that keeps fewer than the most, or
     has fewer, begins with -1.
     """
-    check_budget(scores, K, 1)
+    check_count(scores, K, 1)
     most = int(K.max()) if torch.is_tensor(K) else K
     top = scores.topk(most, dim=-1)  # descending
     keep = top.indices.masked_fill(top.values.isneginf(), -1)  # never padding
+    return first_of(keep, K)
+
+
+def select_diverse(scores, X, K):
+    """As select, but no two tokens alike: greedily the token with the largest e^(z/2) · distance to those kept.
+
+    z (B, N) are the standardised scores, distance is 1 - cosine of the features X (B, N, d). The top K alone may keep
+    several tokens of one object and none of another; max-min distance is DivPrune's choice (arXiv 2503.02175).
+    """
+    check_count(scores, K, 1)
+    B, N, _ = X.shape  # images, visual tokens
+    rows, padding = torch.arange(B, device=X.device), scores.isneginf()
+    weight = (0.5 * standardised(scores)).exp().masked_fill(padding, 0)  # (B, N)
+    x = F.normalize(X.float(), dim=-1)
+    keep = [weight.argmax(-1)]  # the highest score first
+    nearest = torch.full_like(weight, torch.inf)  # distance to the nearest token kept
+    gone = padding.clone()
+    for _ in range(1, int(K.max()) if torch.is_tensor(K) else K):
+        last = x[rows, keep[-1]]  # (B, d)
+        nearest = nearest.minimum(1 - torch.einsum("bnd,bd->bn", x, last))
+        gone[rows, keep[-1]] = True
+        keep.append((weight * nearest.clamp_min(0)).masked_fill(gone, -1).argmax(-1))
+    keep = torch.stack(keep, 1)  # (B, K), in the order of choice
+    return first_of(keep.masked_fill(padding.gather(1, keep), -1), K)
+
+
+def first_of(keep, K):
+    """The first K of each row of keep (B, most), ascending, and -1 at the left in place of the rest."""
     if torch.is_tensor(K):
-        keep = keep.masked_fill(torch.arange(most, device=K.device) >= K.unsqueeze(-1), -1)
+        keep = keep.masked_fill(torch.arange(keep.shape[1], device=K.device) >= K.unsqueeze(-1), -1)
     return keep.sort(dim=-1).values
 
 

@@ -1,77 +1,110 @@
 """
-What a run leaves on disk: safetensors, JSON and a picture, never pickles. A crash or a full disk leaves the old file
-or the new one.
+Files: pictures in; tensors, JSON and pictures out, never a pickle; errors that a person can act on.
 
+    image = read_image("img.jpg")                                                # upright RGB
     write(Path("out/log.jsonl"), rounded([{"step": 0, "loss": 2.34567891}]))     # {"step": 0, "loss": 2.3457}
-    tensors, state = read_checkpoint(Path("out/checkpoint.safetensors"))
 """
+import io
 import json
 import os
+import sys
+import uuid
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from model import HERE, InputError
+from data.pictures import upright
+
+ROOT = Path(__file__).resolve().parent.parent  # this repository
+RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]  # an EPS would start Ghostscript
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what, where and the cure in one line."""
+
+
+def cli(main):
+    """Run a script's main(); an InputError ends it with one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not end a long run
+    try:
+        main()
+        print(end="", flush=True)
+    except InputError as e:
+        print("error:", short(e, 500), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader went away, as in `python infer.py … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+
+
+def short(reason, length=160):
+    """What a library or a file says, on one line of bounded length."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= length else text[:length] + " …"
+
+
+def read_image(source, processor=None):
+    """A picture from a path, bytes or a stream, as upright RGB on white. InputError if it cannot be read, if it is too
+    large or too thin, or if a VLM's image processor, where given, refuses it."""
+    name = source if isinstance(source, (str, Path)) else "the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=RASTER) as image:
+                if max(image.size) > 200 * min(image.size):  # a processor that scales its short side fills the memory
+                    raise ValueError(f"{image.width} x {image.height} pixels, thinner than 1:200")
+                image = upright(image)
+            if processor:
+                processor(images=image)
+        return image
+    except Exception as e:  # a decoder may fail in any way
+        raise InputError(f"{name}: cannot be read as an image ({short(e)}); give another, as JPEG or PNG") from None
 
 
 def write(path, content, note=None):
-    """Write tensors, JSON, lines of JSON or a picture, by the name's ending; note: a safetensors file's metadata."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write tensors, JSON, a picture, frames or else lines of JSON, by the name's ending. After a crash the old file or
+    the new one is there. Links are followed. note: a safetensors file's metadata, or a GIF's milliseconds a frame."""
+    place, kind = Path(os.path.realpath(path)), Path(path).suffix.lower()
+    temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # unique: two runs may write the same file
     try:
-        if path.suffix == ".safetensors":
+        if place.exists() and not place.is_file():
+            raise OSError("it is no ordinary file")
+        if kind == ".safetensors":
             save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
-        elif path.suffix == ".png":
-            content.save(temporary, "PNG")
-        elif path.suffix == ".jsonl":
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in content))
-        else:
+        elif kind == ".gif":
+            content[0].save(temporary, "GIF", save_all=True, append_images=content[1:], duration=note, loop=0)
+        elif kind in (".png", ".jpg"):
+            content.save(temporary, "PNG" if kind == ".png" else "JPEG", quality=92)
+        elif kind == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
+        else:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in content))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(place)
     except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e}); make room there or give another place") from None
-
-
-def read_checkpoint(path):
-    """(tensors, state): all of a run in one file, so that its pieces always belong together."""
-    try:
-        with safe_open(path, "pt") as file:
-            return load_file(path), json.loads(file.metadata()["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise InputError(f"--resume: {path} cannot be read ({e}); leave --resume away to start a run") from None
+        raise InputError(f"{path}: cannot be written ({short(e)}); make room there or give another place") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def rounded(value):
     """The same value with every float in it at five digits, for JSON that is read by people too."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def portable(path):
     """A path as it is written down: relative to this repository if inside it, else absolute; a hub name as it is."""
-    full = next((p.resolve() for p in (Path(path), HERE / path) if p.exists()), None)
-    return str(path if full is None else full.relative_to(HERE) if full.is_relative_to(HERE) else full)
-
-
-def loss_chart(curve, w=640, h=360):
-    """The held-out losses over the steps, from all tokens to what is used."""
-    image, series = Image.new("RGB", (w, h), "white"), {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green",
-                                                        "deployed_loss": "red"}
-    pen, last = ImageDraw.Draw(image), max(1, curve[-1]["step"])
-    top = max(e.get(name, 0) for e in curve for name in series)  # a run from before some were logged can be resumed
-    at = lambda step, loss: (50 + (w - 70) * step / last, h - 30 - (h - 60) * loss / top)
-    pen.rectangle((*at(0, top), *at(last, 0)), outline="grey")
-    pen.text((w - 90, h - 22), f"step {last}", fill="black")
-    for value in (0, top / 2, top):
-        pen.text((8, at(0, value)[1] - 6), f"{value:.2f}", fill="black")
-    for i, (name, color) in enumerate(series.items()):
-        pen.line([at(e["step"], e[name]) for e in curve if name in e], fill=color, width=2)
-        pen.text((60 + 140 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color)
-    return image
+    full = (Path(path) if Path(path).exists() else ROOT / path).resolve()
+    if not full.exists():
+        return str(path)
+    return str(full.relative_to(ROOT) if full.is_relative_to(ROOT) else full)

@@ -2,79 +2,49 @@
 Question files: read them, write the answers, score them. LLaVA's evaluation format in and out.
 
     rows = read_questions("llava_pope_test.jsonl", "val2014/")          # [{question_id, image, text, …}, …]
-    said = answer_file(Path("pope.jsonl"), rows, settings, answer)      # one answer a row; a killed run is gone on with
+    said = answer_file(Path("pope.jsonl"), rows, settings, answer)      # one answer a row; a killed run is continued
     table = score(rows, said)                                           # where the rows have labels
 """
-import base64
-import csv
+import fcntl
 import hashlib
-import io
-import itertools
 import json
 import sys
 from pathlib import Path
 
-from model import InputError
-
-LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's suffix for multiple choice
-LETTER_CN = "\n请直接回答选项字母。"  # … where the file's name has _cn
+from data.coco import picture_path
+from data.files import InputError, short, write
 
 
 def read_questions(path, images=None, need=("image", "text", "label")):
-    """Rows of a question file, `image` made a full path. InputError names the line that is wrong.
+    """Rows of a question file: one JSON object a line, or a list of them. InputError names the one that is wrong.
 
-    One JSON object a line; or ScienceQA's list and MMBench's .tsv, turned into such rows as LLaVA turns them.
-    """
-    path = Path(path)
-    folder = Path(images) if images else path.parent
-    if not path.is_file():
-        raise InputError(f"{path}: no such question file; check --questions")
+    `image` becomes a path, under `images` or beside the file; `category` is "all" where there is none; `where` is file
+    and line. `label` is the answer, or a list of accepted ones. The fields in `need` must be there."""
+    path, where, entries, rows = Path(path), path, [], []
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = (science_qa(text) if text.startswith("[") else
-                 mmbench(text, LETTER_CN if "_cn" in path.name else LETTER) if path.suffix == ".tsv" else
-                 text.strip("\n").split("\n"))
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as e:
-        raise InputError(f"{path}: cannot be read ({e!r}); give a question file of LLaVA's, in UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = {"category": "all", **(json.loads(line) if isinstance(line, str) else line)}
-            [row[field] for field in need]  # KeyError names the one that is missing
-            row["category"] = str(row["category"])
-            if not isinstance(row["text"], str):
-                raise TypeError("text is no string")
-            row["image"] = folder / row["image"] if isinstance(row["image"], str) else row["image"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path}: line {number} needs {', '.join(need)} in one JSON object ({e!r})") from None
-        if isinstance(row["image"], Path) and not row["image"].is_file():
-            raise InputError(f"{path}: line {number}: no image {row['image']}; give its folder with --images")
-        rows.append(row)
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".tsv" or '"conversations"' in text:
+            raise InputError(f"{path}: use lmms-eval: python -m eval.lmms --tasks mmbench_en_dev (or scienceqa_img)")
+        if text.lstrip().startswith("["):
+            entries = [(f"{path}: entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        else:
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"{path}: line {i}"
+                if line.strip():
+                    entries.append((where, json.loads(line)))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{where}: cannot be read ({short(e)}); give one JSON object a line, in UTF-8") from None
+    for where, row in entries:
+        for field in need:
+            if not isinstance(row, dict) or row.get(field) in (None, "", []):
+                raise InputError(f"{where}: has no {field}; each question needs {', '.join(need)}")
+        if not isinstance(row["text"], str) or isinstance(row.get("label"), dict):
+            raise InputError(f"{where}: text must be a string, label a string or a list of accepted ones")
+        folders = [path.parent] if images is None else [Path(images), path.parent]
+        row |= {"image": picture_path(folders, row["image"], where), "category": str(row.get("category") or "all")}
+        rows.append({**row, "where": where})
     if not rows:
-        raise InputError(f"{path}: holds no question; give LLaVA's format, one JSON object a line")
-    return rows
-
-
-def science_qa(text):
-    """What has a picture in llava_test_CQM-A.json. Its scorer knows such questions by the <image> in the prompt."""
-    rows = []
-    for row in filter(lambda row: "image" in row, json.loads(text)):
-        prompt = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
-        rows.append({"question_id": row["id"], "image": row["image"], "text": prompt, "prompt": "<image>\n" + prompt})
-    return rows
-
-
-def mmbench(text, suffix):
-    """A table of hint, question, options and a picture in base64."""
-    csv.field_size_limit(2 ** 31 - 1)
-    rows = []
-    for row in csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"):
-        row = {name: value for name, value in row.items() if (value or "").lower() not in ("", "nan", "none")}
-        options = itertools.takewhile(row.__contains__, "ABCD")
-        parts = [row[name] for name in ("hint", "question") if name in row] + [f"{c}. {row[c]}" for c in options]
-        rows.append({"question_id": int(row["index"]), "image": base64.b64decode(row["image"]),
-                     "text": "\n".join(parts) + suffix, "category": row.get("category", "all"),
-                     **({"label": row["answer"]} if "answer" in row else {})})
+        raise InputError(f"{path}: holds no question; give one JSON object a line")
     return rows
 
 
@@ -82,66 +52,96 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     """The answers to the rows, in their order, and in the file `path`; answer(rows) yields as ask() does.
 
     Each batch is appended as it comes, and the whole put in order at the end. An answer_id stands for settings and
-    question: the file of a killed run is gone on with, and one that was made otherwise refused.
+    question: the file of a killed run is continued; one that was made otherwise, or that another run writes, refused.
     """
-    def store(answers):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
-        temporary.replace(path)
-
     ids = [hashlib.sha256(json.dumps([settings, i, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
            for i, row in enumerate(rows)]
-    done = {}
-    if path.exists() and not overwrite:
-        try:
-            *lines, rest = path.read_text(encoding="utf-8").split("\n")  # rest: a line that a kill cut off, or nothing
-            done = {row["answer_id"]: row for row in map(json.loads, lines)}
-            if not '{"question_id"'.startswith(rest[:14]):
-                raise ValueError(rest)
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
-        if not done.keys() <= set(ids):
-            raise InputError(f"--answers {path}: answers other questions, or was made with other settings ({settings} "
-                             f"now, {done.popitem()[1].get('metadata')} then); give another name, or --overwrite it")
-        print(f"{path}: {len(done)} of {len(rows)} answers are there", file=sys.stderr)
-    store(done.values())
-    left = [i for i, id in enumerate(ids) if id not in done]
-    with open(path, "a", encoding="utf-8") as file:
-        for part in answer([rows[i] for i in left]):
-            for j, text in part:
-                i = left[j]
-                done[ids[i]] = {"question_id": rows[i]["question_id"], "prompt": rows[i].get("prompt", rows[i]["text"]),
-                                "text": text, "answer_id": ids[i], "model_id": settings["model"], "metadata": settings}
-                file.write(json.dumps(done[ids[i]]) + "\n")
-            file.flush()
-    store(done[id] for id in ids)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no ordinary file")
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.seek(0)
+            done = {} if overwrite else read_answers(path, file, ids, settings)
+            file.truncate()
+            left = [i for i, id in enumerate(ids) if id not in done]
+            for part in answer([rows[i] for i in left]):
+                for j, text in part:
+                    id, row = ids[left[j]], rows[left[j]]
+                    done[id] = {"question_id": row["question_id"], "prompt": row["text"], "text": text, "answer_id": id,
+                                "model_id": settings["model"], "metadata": settings}
+                    file.write(json.dumps(done[id]).encode() + b"\n")
+                file.flush()
+            write(path, [done[id] for id in ids])
+    except BlockingIOError:
+        raise InputError(f"--answers {path}: another run is writing it; wait, or give another name") from None
+    except OSError as e:
+        raise InputError(f"--answers {path}: cannot be written ({short(e)}); give another place") from None
     return [done[id]["text"] for id in ids]
 
 
-def normal(text):
-    return str(text).strip().lower().removesuffix(".")
+def read_answers(path, file, ids, settings):
+    """{answer_id: row} of the answers that are there. Leaves the file at the end of the last whole line."""
+    *lines, rest = file.read().split(b"\n")  # rest: a line that a kill cut off, or nothing
+    try:
+        done = {row["answer_id"]: row for row in map(json.loads, lines)}
+        others = [dict(row["metadata"]) for id, row in done.items() if id not in ids]
+        if not b'{"question_id"'.startswith(rest[:14]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite it") from None
+    for then in others:
+        changed = [f"{name} {then.get(name)} (now {settings.get(name)})" for name in {**then, **settings}
+                   if then.get(name) != settings.get(name)]
+        raise InputError(f"--answers {path}: was made with {', '.join(changed) or 'other questions'}; give another "
+                         "name, or --overwrite it")
+    if done:
+        print(f"{path}: {len(done)} of {len(ids)} answers are there", file=sys.stderr)
+    file.seek(sum(len(line) + 1 for line in lines))
+    return done
+
+
+def accepted(label):
+    """The answers that one label or a list of them accepts: without case, outer spaces and a full stop."""
+    return [str(one).strip().lower().removesuffix(".") for one in (label if isinstance(label, list) else [label])]
+
+
+def yes_no(rows):
+    """Whether all labels are yes or no."""
+    return all(set(accepted(row["label"])) <= {"yes", "no"} for row in rows)
+
+
+def is_right(answer, label, yes_no):
+    """Whether an answer is an accepted one."""
+    if yes_no:  # as in LLaVA's eval_pope.py: does the first sentence say no?
+        answer = "no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes"
+    return accepted(answer)[0] in accepted(label)
 
 
 def figures(said, labels, yes_no=False):
-    """Accuracy of these answers; with yes_no POPE's five figures, counted as LLaVA's eval_pope.py counts."""
+    """Accuracy of these answers; with yes_no POPE's five figures."""
+    right = [is_right(answer, label, yes_no) for answer, label in zip(said, labels)]
     if not yes_no:
-        return {"accuracy": sum(normal(s) == normal(label) for s, label in zip(said, labels)) / len(said)}
-    yes = [not {"No", "no", "not"} & set(s.split(".")[0].replace(",", "").split(" ")) for s in said]
-    true = [normal(label) == "yes" for label in labels]
+        return {"accuracy": sum(right) / len(right)}
+    yes = [is_right(answer, "yes", yes_no) for answer in said]
+    true = ["yes" in accepted(label) for label in labels]
     TP = sum(y and t for y, t in zip(yes, true))
-    precision, recall = TP / max(1, sum(yes)), TP / max(1, sum(true))
-    return {"accuracy": sum(y == t for y, t in zip(yes, true)) / len(said), "precision": precision, "recall": recall,
-            "f1": 2 * TP / max(1, sum(yes) + sum(true)), "yes": sum(yes) / len(said)}
+    return {"accuracy": sum(right) / len(right), "precision": TP / max(1, sum(yes)), "recall": TP / max(1, sum(true)),
+            "f1": 2 * TP / max(1, sum(yes) + sum(true)), "yes": sum(yes) / len(yes)}
 
 
 def score(rows, said):
-    """Print and return the figures per category and of all rows."""
-    yes_no = {normal(row["label"]) for row in rows} <= {"yes", "no"}
-    table = {}
-    for category in [*sorted({row["category"] for row in rows} - {"all"}), "all"]:
-        mine = [(text, row["label"]) for text, row in zip(said, rows) if category in (row["category"], "all")]
-        table[category] = figures(*zip(*mine), yes_no)
+    """Print and return the figures, per category and of all rows that have a label."""
+    pairs = [(row, answer) for row, answer in zip(rows, said) if row.get("label") not in (None, "", [])]
+    if not pairs:
+        return None
+    if len(pairs) < len(rows):
+        print(f"{len(pairs)} of {len(rows)} questions have a label; the figures are of these")
+    polar, table = yes_no([row for row, _ in pairs]), {}
+    for category in [*sorted({row["category"] for row, _ in pairs} - {"all"}), "all"]:
+        mine = [(answer, row["label"]) for row, answer in pairs if category in (row["category"], "all")]
+        table[category] = figures(*zip(*mine), polar)
     print(f"{'category':24}" + "".join(f"{name:>11}" for name in table["all"]))
     for category, values in table.items():
-        print(f"{category:24}" + "".join(f"{100 * v:11.1f}" for v in values.values()))
+        print(f"{category:24}" + "".join(f"{100 * value:11.1f}" for value in values.values()))
     return table

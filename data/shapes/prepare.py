@@ -1,18 +1,18 @@
 """
-The embedded default's data: scenes of one to three coloured shapes, drawn from a seed.
+The embedded default's data: drawn scenes of one to four coloured shapes among clutter.
 
-    python data/shapes/prepare.py        # a few seconds; draws only what is missing
+    python -m data.shapes.prepare        # half a minute; draws only what is missing
 
 Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
 
-    train/*.jpg, train.json         4,000 scenes, two captions each, in COCO's captions format
-    test/*.jpg, questions.jsonl     300 other scenes, one question of each of five kinds a scene,
-                                    in LLaVA's evaluation format plus `label` and `category`
-    examples/*.jpg                  6 scenes to try infer.py on; these are in git, the rest is not
+    train/*.jpg, train.json              4,000 scenes, two captions each, in COCO's captions format
+    validation/*.jpg, validation.jsonl   200 other scenes with five questions each; every choice is made on these
+    test/*.jpg, test.jsonl               500 other scenes with five questions each; reported, and chose nothing
+    examples/*.jpg                       6 scenes to try infer.py on; these are in git, the rest is not
 
-Training reads captions only; the questions are never trained on by the pruner.
+Question files are in LLaVA's evaluation format plus `label` and `category`. No pruner ever trains on them.
 """
-import json
+import colorsys
 import math
 import random
 from pathlib import Path
@@ -20,73 +20,112 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+from data.files import write
+
+FOLDER = Path(__file__).resolve().parent
 SIZE = 96  # pixels a side: 12 x 12 = 144 patches of 8
+FINE = 4  # scenes are drawn at four times the size and scaled down, for smooth edges
 SHAPES = ["circle", "square", "triangle", "star", "cross"]
 COLORS = {
     "red": (205, 40, 45), "green": (45, 150, 60), "blue": (45, 85, 205),
     "yellow": (235, 205, 50), "purple": (140, 60, 170), "orange": (240, 130, 35),
 }
 PLACES = ["top left", "top right", "bottom left", "bottom right"]  # index: 2·(lower half) + (right half)
-NUMBERS = ["zero", "one", "two", "three"]
-SPLITS = {"train": 4000, "test": 300, "examples": 6}
+NUMBERS = ["zero", "one", "two", "three", "four"]
+CLUTTER = 40  # pieces of clutter in a scene, at the most
+SPLITS = {"train": 4000, "validation": 200, "test": 500, "examples": 6}
 
 
-def draw_scene(seed):
-    """Draw one scene. Returns (image, objects); every object has shape, color, place, x, y, r (pixels).
+def place_objects(rng):
+    """One to four objects that do not touch: dicts of shape, color, place, x, y, r (pixels).
 
-    Shapes and colours are distinct within a scene, so that "the circle" and "the red shape" name one object; no
-    centre lies within 8 pixels of a midline, so that its quadrant is beyond doubt.
+    Shapes and colours are distinct within a scene, so that "the circle" and "the red shape" name one object. No
+    centre lies within 6 pixels of a midline, so that its quadrant is beyond doubt.
     """
-    rng = random.Random(seed)
-    objects = []
-    n = rng.randint(1, 3)
+    n = rng.randint(1, 4)
     shapes, colors = rng.sample(SHAPES, n), rng.sample(list(COLORS), n)
+    objects, tries = [], 0
     while len(objects) < n:
-        r = rng.uniform(9, 14)
+        tries += 1
+        if tries % 200 == 0:
+            objects = []  # the first ones left no room
+        r = rng.uniform(9, 16)
         x, y = rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)
-        if min(abs(x - SIZE / 2), abs(y - SIZE / 2)) < 8:
+        if min(abs(x - SIZE / 2), abs(y - SIZE / 2)) < 6:
             continue
-        if any(math.hypot(x - o["x"], y - o["y"]) < r + o["r"] + 4 for o in objects):
+        if any(math.hypot(x - o["x"], y - o["y"]) < r + o["r"] + 3 for o in objects):
             continue
         place = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)]
         objects.append(dict(shape=shapes[len(objects)], color=colors[len(objects)], place=place, x=x, y=y, r=r))
+    return objects
+
+
+def draw_scene(seed):
+    """Draw one scene from a seed of any kind. Returns (picture, objects)."""
+    rng = random.Random(seed)
+    objects, side = place_objects(rng), SIZE * FINE
 
     # background: a random texture (blobs, grain or stripes) between two muted tones
     w, h = rng.choice([(5, 5), (12, 12), (32, 32), (16, 1), (1, 16)])
     texture = Image.frombytes("L", (w, h), rng.randbytes(w * h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     level = rng.randint(70, 190)
     tones = [tuple(min(255, max(0, level + s * 25 + rng.randint(-15, 15))) for _ in range(3)) for s in (-1, 1)]
-    image = ImageOps.colorize(texture, *tones)
+    image = ImageOps.colorize(texture, *tones).resize((side, side), Image.Resampling.BILINEAR)
 
-    # the shapes, drawn at four times the size and scaled down, for smooth edges
-    s = 4
-    mask = Image.new("L", (SIZE * s, SIZE * s))
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(0, CLUTTER)):
+        draw_clutter(draw, rng)
     for o in objects:
-        mask.paste(0, (0, 0, SIZE * s, SIZE * s))
-        draw_shape(ImageDraw.Draw(mask), o["shape"], o["x"] * s, o["y"] * s, o["r"] * s)
         color = tuple(min(255, max(0, c + rng.randint(-18, 18))) for c in COLORS[o["color"]])
-        image.paste(color, (0, 0), mask.resize((SIZE, SIZE), Image.Resampling.BOX))
-    return image, objects
+        draw_shape(draw, o["shape"], o["x"] * FINE, o["y"] * FINE, o["r"] * FINE, color)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX), objects
 
 
-def draw_shape(draw, shape, x, y, r):
-    """Fill one shape of radius r around (x, y)."""
+def draw_clutter(draw, rng):
+    """One thing that no caption and no question speaks of, behind the objects: real pictures are full of them."""
+    kind = rng.choice(["stroke", "scribble", "dots", "blob", "hollow", "grey"])
+    x, y = rng.uniform(0, SIZE * FINE), rng.uniform(0, SIZE * FINE)
+    vivid = rng.uniform(0, 0.12) if kind == "grey" else rng.uniform(0.2, 1)
+    color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), vivid, rng.uniform(0.15, 1)))
+    if kind == "stroke":
+        length, turn = rng.uniform(24, 110), rng.uniform(0, 2 * math.pi)
+        end = (x + length * math.cos(turn), y + length * math.sin(turn))
+        draw.line((x, y, *end), fill=color, width=rng.randint(4, 11))
+    elif kind == "scribble":
+        points = [(x + rng.gauss(0, 26), y + rng.gauss(0, 26)) for _ in range(rng.randint(4, 9))]
+        draw.line(points, fill=color, width=rng.randint(3, 6), joint="curve")
+    elif kind == "dots":
+        for _ in range(rng.randint(3, 8)):
+            u, v, r = x + rng.gauss(0, 20), y + rng.gauss(0, 20), rng.uniform(3, 7)
+            draw.ellipse((u - r, v - r, u + r, v + r), fill=color)
+    elif kind == "blob":
+        n, size = rng.randint(5, 9), rng.uniform(10, 24)
+        corners = [(size * rng.uniform(0.4, 1), 2 * math.pi * i / n) for i in range(n)]
+        draw.polygon([(x + q * math.cos(a), y + q * math.sin(a)) for q, a in corners], fill=color)
+    elif kind == "hollow":  # the outline of a shape is not a shape
+        draw_shape(draw, rng.choice(["circle", "square", "triangle"]), x, y, rng.uniform(20, 40), None, color, 6)
+    else:  # nor is a small grey one
+        draw_shape(draw, rng.choice(SHAPES), x, y, rng.uniform(14, 28), color)
+
+
+def draw_shape(draw, shape, x, y, r, fill, outline=None, width=1):
+    """Draw one shape of radius r around (x, y)."""
     def polygon(radii, turn=-math.pi / 2):
         angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-        draw.polygon([(x + q * r * math.cos(a), y + q * r * math.sin(a)) for q, a in zip(radii, angles)], fill=255)
+        corners = [(x + q * r * math.cos(a), y + q * r * math.sin(a)) for q, a in zip(radii, angles)]
+        draw.polygon(corners, fill=fill, outline=outline, width=width)
 
     if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=outline, width=width)
     elif shape == "square":
-        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=255)
+        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill, outline, width)
     elif shape == "triangle":
         polygon([1.15] * 3)
     elif shape == "star":
         polygon([1.15, 0.45] * 5)
     elif shape == "cross":
-        draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill=255)
-        draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=255)
+        draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill=fill)
+        draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=fill)
 
 
 def caption(objects, rng):
@@ -114,37 +153,30 @@ def questions(objects, rng):
     ]
 
 
-def write(path, text):
-    """Write a text file in one step: to a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def prepare(splits=SPLITS):
-    """Draw every missing scene, write the two JSON files, and return the folder they are in."""
+    """Draw every missing scene, write the JSON files, and return the folder they are in."""
     jobs = [(split, i, f"{split}/{i:05d}.jpg") for split, n in splits.items() for i in range(n)]
-    files = ["train.json", "questions.jsonl", *(name for *_, name in jobs)]
-    if all((HERE / name).exists() for name in files):
-        return HERE
-    images, annotations, lines = [], [], []
+    files = ["train.json", "validation.jsonl", "test.jsonl", *(name for *_, name in jobs)]
+    if all((FOLDER / name).exists() for name in files):
+        return FOLDER
+    images, annotations, rows = [], [], {"validation": [], "test": []}
     for split, i, name in tqdm(jobs, desc="drawing scenes", unit="scene", dynamic_ncols=True):
         image, objects = draw_scene(f"{split}-{i}")  # a seed of its own for each scene: the splits are disjoint
         rng = random.Random(f"text-{split}-{i}")
-        if not (HERE / name).exists():
-            (HERE / split).mkdir(exist_ok=True)
-            temporary = HERE / split / f"{i}.tmp"
-            image.save(temporary, "JPEG", quality=92)
-            temporary.replace(HERE / name)
+        if not (FOLDER / name).exists():
+            (FOLDER / split).mkdir(exist_ok=True)
+            write(FOLDER / name, image)
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))
             annotations += [dict(id=2 * i + j, image_id=i, caption=caption(objects, rng)) for j in range(2)]
-        if split == "test":
+        if split in rows:
             for kind, text, label in questions(objects, rng):
-                lines.append(dict(question_id=len(lines), image=name, text=text, label=label, category=kind))
-    write(HERE / "train.json", json.dumps(dict(images=images, annotations=annotations)))
-    write(HERE / "questions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return HERE
+                number = len(rows[split])
+                rows[split].append(dict(question_id=number, image=name, text=text, label=label, category=kind))
+    write(FOLDER / "train.json", dict(images=images, annotations=annotations))
+    for split, lines in rows.items():
+        write(FOLDER / f"{split}.jsonl", lines)
+    return FOLDER
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""
+A budget: how many visual tokens the user asks to keep. Parsed once, where it is given; a value from there on.
+A budget on average is a threshold on the standardised scores, read from a table that training made.
+
+    Budget.parse("16").of(144)         # 16
+    Budget.parse("11.1%").of(576)      # 64
+"""
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens to keep: a count, or a share of each picture's own; of each picture, or on average over many."""
+    count: int | None = None
+    share: float | None = None
+    average: bool = False
+
+    @staticmethod
+    def parse(text):
+        """16, 11.1%, all, and on average ~16 or ~11.1%. ValueError for anything else."""
+        number = str(text).removeprefix("~")
+        average = str(text).startswith("~")
+        if number == "all" and not average:
+            return Budget(share=1.0)
+        if re.fullmatch(r"\d{1,9}", number, re.ASCII) and int(number) > 0:
+            return Budget(count=int(number), average=average)
+        if re.fullmatch(r"\d{1,3}(\.\d+)?%", number, re.ASCII) and 0 < float(number[:-1]) <= 100:
+            return Budget(share=float(number[:-1]) / 100, average=average)
+        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, or all; "
+                         "~16 or ~11.1% is that many on average")
+
+    def __str__(self):
+        if self.everything:
+            return "all"
+        number = str(self.count) if self.share is None else f"{100 * self.share:.6g}%"
+        return "~" * self.average + number
+
+    @property
+    def everything(self):
+        return self.share == 1.0 and not self.average
+
+    @property
+    def exact(self):
+        """The same budget for each picture instead of on average."""
+        return replace(self, average=False)
+
+    def times(self, factor):
+        """The budget multiplied, at least one token and at most all."""
+        if self.share is None:
+            return replace(self, count=max(1, round(self.count * factor)))
+        return replace(self, share=min(1.0, self.share * factor))
+
+    def of(self, N):
+        """K for a picture of N tokens, at least 1 and at most N: an int, or a tensor (B,) for a tensor of N."""
+        if torch.is_tensor(N):
+            K = torch.full_like(N, self.count) if self.share is None else (N.double() * self.share).round().long()
+            return K.clamp_min(1).minimum(N)
+        return min(N, max(1, self.count or round(N * self.share)))
+
+
+def real_tokens(X, valid=None):
+    """How many visual tokens the images of X (B, N, d) have: N, or with valid (B, N) a tensor (B,)."""
+    return X.shape[1] if valid is None else valid.sum(1)
+
+
+def threshold(z, total):
+    """The T above which exactly `total` of the standardised scores z lie: midway from the last of them to the next."""
+    high = z.sort(descending=True).values
+    below = high[total] if total < len(high) else high[-1] - 1
+    return ((high[total - 1] + below) / 2).item()
+
+
+def quantiles(z, n=64):
+    """A table of thresholds: above values[i] lies a share shares[i] of all standardised scores z, padding aside."""
+    z = z[z != -torch.inf]
+    totals = sorted({round(len(z) ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one token to all
+    return {"shares": [total / len(z) for total in totals], "values": [threshold(z, total) for total in totals]}

@@ -1,0 +1,75 @@
+"""
+The processes of a training: one, or those that torchrun started.
+
+    processes = Processes("cuda")
+    processes.sum(loss)                 # over all of them; nothing happens where there is one
+"""
+import atexit
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.files import InputError
+
+
+class Processes:
+    """One process, or those of torchrun: each takes its part of every batch, the first one writes and speaks."""
+
+    def __init__(self, device):
+        try:
+            self.rank, self.world, local = (int(os.environ.get(name) or default) for name, default in
+                                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError:
+            self.rank, self.world = 0, 0
+        if not 0 <= self.rank < self.world or self.world > 1 and "MASTER_ADDR" not in os.environ:
+            raise InputError("RANK and WORLD_SIZE in the environment name no group of processes; start with torchrun, "
+                             "or unset them")
+        self.first, self.device = self.rank == 0, device
+        if self.world > 1:
+            gpu = device.startswith("cuda")
+            if gpu:
+                self.device = f"cuda:{local}"
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if gpu else "gloo")
+            atexit.register(dist.destroy_process_group)
+
+    def share(self, samples):
+        """This process's part of a range of sample numbers."""
+        return samples[self.rank::self.world]
+
+    def sum(self, *tensors):
+        """Each tensor becomes its sum over the processes."""
+        for t in tensors if self.world > 1 else ():
+            dist.all_reduce(t)
+
+    def copy(self, *tensors):
+        """Each tensor becomes that of the first process."""
+        for t in tensors if self.world > 1 else ():
+            dist.broadcast(t.data, 0)
+
+    def wait(self):
+        self.sum(torch.zeros(1, device=self.device))
+
+    def say(self, text):
+        if self.first:
+            tqdm.write(text, file=sys.stderr)
+
+    def plan(self, vlm, learned, batch, at_once=None, recompute=False):
+        """(images at a time, parts of a step) for this process's share of a batch; says in plain words which."""
+        share = len(self.share(range(batch)))
+        if self.device.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(self.device)
+        else:
+            free = total = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fit = at_once or vlm.images_that_fit(learned, free, recompute)
+        if not fit:
+            raise InputError("not one image fits beside this model; try --checkpointing, or --dtype bfloat16")
+        fit = min(share, fit)
+        planned = vlm.memory(learned, fit, recompute)
+        parts = -(-share // fit)
+        self.say(f"{fit} images at a time, {parts} times a step: about {sum(planned.values()) / 1e9:.1f} of "
+                 f"{(total if total > free else free + planned['frozen']) / 1e9:.0f} GB")
+        return fit, parts

@@ -1,0 +1,91 @@
+"""
+What all measurements share: tables, and a JSON file that says under which conditions it was made.
+
+    show("speed", ["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])         # on the terminal
+    markdown(["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])              # for RESULTS.md
+    save(Path("speed.json"), "python bench.py", {"speed": …})
+"""
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from data.budget import Budget
+from data.files import InputError, rounded, write
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def percentile(values, p):
+    return sorted(values)[round(p / 100 * (len(values) - 1))]
+
+
+def show(title, header, rows):
+    """Print rows of cells under a header, every column as wide as its widest cell."""
+    rows = [header, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    print(title)
+    for name, *values in rows:
+        values = [value.rjust(width) for value, width in zip(values, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *values]), flush=True)
+
+
+def markdown(header, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def spread(values, digits=1):
+    """The mean, and the lowest to the highest."""
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def conditions():
+    """What a number depends on beside the code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": torch.get_num_threads(), "gpu": gpu,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def save(path, program, measured):
+    """Write what was measured, with the command and its conditions. The old file stays until the new one is whole."""
+    command = f"{program} {shlex.join(sys.argv[1:])}".strip()
+    write(path, rounded({"conditions": conditions(), "command": command, **measured}))
+
+
+def made_by(file):
+    """The command, machine and date of a saved file, in a sentence."""
+    c, seeds = file["conditions"], f", seeds 0 to {file['seeds'] - 1}" if "seeds" in file else ""
+    return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch {c['torch']}, transformers "
+            f"{c['transformers']}, {c['date']}{seeds}.")
+
+
+def check(args, *names):
+    """InputError unless these arguments are 1 or more, and the folder of --json is there."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise InputError(f"--json {args.json}: there is no such folder; make it first")
+
+
+def budgets(texts, vlm):
+    """Budgets of --keep; counts where the model's number of tokens is fixed."""
+    try:
+        parsed = [Budget.parse(text) for text in texts]
+    except ValueError as e:
+        raise InputError(f"--keep: {e}") from None
+    if vlm.tokens is None:
+        return parsed
+    if any(budget.count and budget.count > vlm.tokens for budget in parsed):
+        raise InputError(f"--keep {' '.join(texts)}: {vlm.name} has {vlm.tokens} visual tokens; give at most that many")
+    return [Budget(budget.of(vlm.tokens), average=budget.average) for budget in parsed]

@@ -1,0 +1,371 @@
+"""
+Studies on the embedded default. Each writes results/NAME.json and prints what it says.
+
+    python -m results.study fidelity     # does the tiny VLM lose what real ones lose when tokens are missing? (minutes)
+    python -m results.study recipes      # each part of our recipe and of the papers', on validation questions (hours)
+    python -m results.study ablations    # the papers' ablations, on test questions (hours)
+    python -m results.study budgets      # one pruner for every budget; K for each picture, or on average (hours)
+    python -m results.study probes       # the papers' claims about gradients and noise (minutes)
+    python -m results.study ceiling      # how far choosing goes, and where the scorer falls short (half an hour)
+    python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
+    python -m results.study gpu          # all that needs a GPU
+    python -m results.study report       # RESULTS.md, from all JSON files that are there
+"""
+import argparse
+import copy
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.budget import Budget
+from data.coco import read_coco
+from data.files import ROOT, InputError, cli, read_image, write
+from data.questions import read_questions
+from data.shapes.prepare import caption, draw_scene, prepare
+from denoiser import Denoiser
+from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
+from eval.report import report, section
+from eval.tables import budgets, check, mean, save
+from infer import chooser, load_pruner
+from model import add_device_arguments, load
+from throttler import Scorer, select, soft_top_k, vp_gate, whitening
+from train import PROMPT, RECIPES, forward, parse_arguments, train
+
+TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
+OURS, PAPERS = RECIPES["ours"], RECIPES["papers"]
+LOGGED = ("hardness", "full_loss", "soft_loss", "hard_loss", "deployed_loss", "seconds")
+ALL = {"all": [lambda X, inputs: None]}
+
+
+# --- what the papers compare with -------------------------------------------------------------------------------------
+
+def scale_gate(X, alpha, mean, L, noise=None):
+    """alpha·X in place of the noise gate. A small alpha loses nothing that a denoiser cannot scale back."""
+    return alpha.unsqueeze(-1).to(X.dtype) * X
+
+
+def channel_gate(X, alpha, mean, L, noise=None):
+    """Noise with each channel's own variance, the diagonal of L·Lᵀ, but independent from channel to channel."""
+    return vp_gate(X, alpha, mean, L.square().sum(1).sqrt().diag(), noise)
+
+
+def isotropic_gate(X, alpha, mean, L, noise=None):
+    """Noise with one variance for all channels."""
+    return vp_gate(X, alpha, mean, L.square().sum(1).mean().sqrt().expand(len(L)).diag(), noise)
+
+
+def gumbel_top_k(scores, K, tau=1.0):
+    """A sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through), for scale_gate."""
+    noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
+    alpha = soft_top_k(noisy, K, tau)
+    hard = F.pad(torch.zeros_like(alpha), (1, 0)).scatter(-1, select(noisy, K) + 1, 1.0)[..., 1:]
+    return hard + alpha - alpha.detach()
+
+
+def global_denoiser(d_v):
+    return Denoiser(d_v, diagonal=False)
+
+
+VARIANTS = {  # by study; each differs in one thing from the first of its group
+    "recipes": {
+        "ours": OURS,
+        "ours, raw input": replace(OURS, whiten=False),
+        "ours, raw scores": replace(OURS, standardise=False),
+        "ours, with denoiser": replace(OURS, denoiser=Denoiser),
+        "ours, one K": replace(OURS, spread=1.0),
+        "ours, papers' tau": replace(OURS, tau=PAPERS.tau),
+        "papers": PAPERS,
+        "papers, whitened input": replace(PAPERS, whiten=True),
+        "papers, standardised scores": replace(PAPERS, standardise=True),
+        "papers, no denoiser": replace(PAPERS, denoiser=OURS.denoiser),
+        "papers, range of K": replace(PAPERS, spread=OURS.spread),
+        "papers, our tau": replace(PAPERS, tau=OURS.tau)},
+    "ablations": {
+        "papers": PAPERS,
+        "papers, Gumbel": replace(PAPERS, top_k=gumbel_top_k, gate=scale_gate),
+        "papers, scale gate": replace(PAPERS, gate=scale_gate),
+        "papers, global denoiser": replace(PAPERS, denoiser=global_denoiser),
+        "papers, channel noise": replace(PAPERS, gate=channel_gate),
+        "papers, isotropic noise": replace(PAPERS, gate=isotropic_gate),
+        "ours": OURS,
+        "ours, Gumbel": replace(OURS, top_k=gumbel_top_k, gate=scale_gate),
+        "ours, scale gate": replace(OURS, gate=scale_gate)},
+    "budgets": {"ours": OURS, **{f"ours, only {K}": replace(OURS, spread=1.0) for K in (48, 32, 16, 8)}},
+}
+
+
+# --- studies that train -----------------------------------------------------------------------------------------------
+
+def trained(args):
+    """Train the study's variants, seeds 0 … n-1: {(variant, seed): folder}. What was made the same way is kept."""
+    variants, folders = VARIANTS[args.study], {}
+    for name in args.variants or variants:
+        if name not in variants:
+            raise InputError(f"--variants {name}: there are {', '.join(variants)}")
+        for seed in range(args.seeds):
+            folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
+            only = re.search(r"only (\d+)", name)
+            argv = ["--keep", only[1] if only else "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
+                    "--questions", "none", "--device", args.device, "--dtype", args.dtype]
+            argv += ["--steps", str(args.steps)] if args.steps else []
+            asked, made = parse_arguments(argv), folder / "variant.json"
+            wanted = {field: str(getattr(asked, field)) for field in ("keep", "steps", "batch", "lr", "seed", "dtype")}
+            for field in fields(variants[name]):
+                value = getattr(variants[name], field.name)
+                wanted[field.name] = getattr(value, "__name__", value)  # a function by its name
+            if not made.exists() or json.loads(made.read_text()) != wanted:
+                print(f"training {name}, seed {seed}", file=sys.stderr)
+                made.unlink(missing_ok=True)
+                train(asked, recipe=variants[name])
+                write(made, wanted)
+            folders[name, seed] = folder
+    return folders
+
+
+def variants(args):
+    """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
+    split = "validation" if args.study == "recipes" else "test"
+    ways = ["top", "diverse"] if args.study == "recipes" else ["top"]
+    texts = args.keep or ["48", "32", "16", "8", "~16"] + ["~48", "~32", "~8"] * (args.study == "budgets")
+    folders, vlm = trained(args), load(TINY, args.device)
+    rows, asked = read_questions(prepare() / f"{split}.jsonl"), dict(ALL)
+    for run, folder in folders.items():
+        scorer, settings = load_pruner(folder)
+        scorer = scorer.to(args.device)
+        for way in ways:
+            for budget in budgets(texts, vlm):
+                asked[*run, way, str(budget)] = [chooser(vlm, scorer, settings, budget, choose=way)[0]]
+    right, kept = right_or_wrong(vlm, rows, asked)
+    answered = accuracies(right, rows)
+    shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
+    result = {}
+    for name in dict.fromkeys(name for name, _ in folders):
+        *_, end = ends = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
+                          for seed in range(args.seeds)]
+        result[name] = {key: mean(run[key] for run in ends) for key in LOGGED}
+        for way in ways:
+            result[name][way] = {}
+            for budget in map(str, budgets(texts, vlm)):
+                runs = [(name, seed, way, budget) for seed in range(args.seeds)]
+                counts = [(shapes[row["image"]], k) for run in runs for row, k in zip(rows, kept[run])]
+                result[name][way][budget] = {
+                    "retention": [retention(answered[run], answered["all"]) for run in runs],
+                    "by_category": {c: mean(answered[run][c] for run in runs) for c in answered["all"]},
+                    "kept": mean(k for _, k in counts),
+                    "by_shapes": {n: mean(k for m, k in counts if m == n) for n in dict.fromkeys(shapes.values())}}
+    return {"questions": split, "steps": end["step"] + 1, "rows": result}
+
+
+# --- studies that look ------------------------------------------------------------------------------------------------
+
+REAL = {"random": {"48": 97.3, "32": 93.6, "16": 86.9}, "diversity": {"48": 99.6, "32": 99.2, "16": 97.3}}
+
+
+def fidelity(args):
+    """Training-free choices beside LLaVA-1.5-7B's (UniPruneBench, arXiv 2511.02650), and the rule for the test bed."""
+    vlm, path = load(TINY, args.device), Path(args.questions or prepare() / "validation.jsonl")
+    rows, ways = read_questions(path), dict(ALL)
+    for budget in budgets(["48", "32", "16", "8"], vlm):
+        ways |= free_choices(vlm, budget, args.seeds)
+    answered, kept = accuracies(right_or_wrong(vlm, rows, ways)[0], rows), {}
+    full = answered.pop("all")
+    for name, by_category in answered.items():
+        way, K = name.split()
+        kept.setdefault(way, {})[K] = retention(by_category, full)
+    rule = [["diversity at 16 below 98.5", kept["diversity"]["16"], kept["diversity"]["16"] < 98.5]]
+    for way, at in REAL.items():
+        for K, theirs in at.items():
+            rule.append([f"{way} at {K} within 3 points of {theirs}", kept[way][K], abs(kept[way][K] - theirs) <= 3])
+    for way in ("CLS", "pooling"):
+        rule.append([f"{way} above random at 16", kept[way]["16"], kept[way]["16"] > kept["random"]["16"]])
+    least = 98.5 if path.stem == "test" else 99.0
+    for category, share in full.items():
+        rule.append([f"{category} with all tokens at least {least}", 100 * share, 100 * share >= least])
+    return {"questions": path.stem, "retention": kept, "real": REAL, "full": full, "rule": rule}
+
+
+def positions(args):
+    """16 tokens at their original positions, and closed up, as servers that take embeddings place them."""
+    vlm, rows = load(TINY, args.device), read_questions(prepare() / "test.jsonl")
+    closed, (scorer, settings), budget = copy.copy(vlm), load_pruner(SHIPPED), Budget(16)
+
+    def close_up(inputs, X, keep=None):
+        sequence = vlm.embed(inputs, X, keep)
+        return {**sequence, "position_ids": (sequence["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+
+    closed.embed = close_up
+    free = free_choices(vlm, budget, 1)
+    ways = {"scorer": [chooser(vlm, scorer.to(args.device), settings, budget)[0]],
+            "diversity": free["diversity 16"], "uniform": free["uniform 16"]}
+    return {place: accuracies(right_or_wrong(model, rows, ways)[0], rows)
+            for place, model in (("original", vlm), ("closed up", closed))}
+
+
+def loss_of(graph, inputs, K, tau, recipe):
+    """The training graph's loss, with noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
+    vlm = graph[0]
+    noise = torch.randn(len(inputs["input_ids"]), vlm.tokens, vlm.width, device=vlm.model.device)
+    return forward(*graph, inputs, noise=noise, K=Budget(K), tau=tau, recipe=recipe)[0]
+
+
+def descend(graph, batches, K, recipe, parameters, lr, steps, end=1.0):
+    """So many steps of AdamW on these batches in turn, up to the share `end` of the schedule. Returns the losses."""
+    optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0), []
+    for step in tqdm(range(steps), dynamic_ncols=True, leave=False):
+        loss = loss_of(graph, batches[step % len(batches)], K, recipe.tau(end * step / steps), recipe)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def probes(args):
+    """The papers' measured claims, for the noise gate and for Gumbel with straight-through.
+
+    coherence: mean cosine between the scorer's gradients on independent batches, at the start and midway;
+    roughness: mean change of the loss from step to step along a random direction in the scorer's weights, noise fixed;
+    random scores: accuracy with all tokens gated to a mean weight of K/N, against K tokens kept.
+    """
+    vlm, folder, result, batches = load(TINY, args.device), prepare(), {}, []
+    pairs = list(read_coco(folder / "train.json").items())
+    for i in range(32):
+        paths, captions = zip(*pairs[24 * i:24 * i + 24])
+        batches.append(vlm.inputs([read_image(path) for path in paths], [PROMPT] * 24, [said[0] for said in captions]))
+    statistics = whitening(torch.cat([vlm.encode(inputs).float() for inputs in batches[:8]]))
+    for variant in ("papers", "papers, Gumbel"):
+        recipe, result[variant] = VARIANTS["ablations"][variant], []
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            graph = vlm, Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device), statistics
+            weights = list(graph[1].parameters())
+
+            def coherence(tau):
+                g = []
+                for inputs in batches[:8]:
+                    gradient = torch.autograd.grad(loss_of(graph, inputs, 16, tau, recipe), weights)
+                    g.append(torch.cat([t.flatten() for t in gradient]))
+                g = F.normalize(torch.stack(g), dim=1)
+                return (((g @ g.T).sum() - 8) / 56).item()
+
+            row = {"coherence at the start": coherence(recipe.tau(0))}
+            learned = [*weights, *graph[2].parameters()]
+            descend(graph, batches[8:], 16, recipe, learned, 2e-3, args.steps or 60, end=0.25)
+            row["coherence midway"] = coherence(recipe.tau(0.25))
+            direction, losses = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights], []
+            with torch.no_grad():
+                for _ in range(21):  # twenty steps of 1 % of the weights' norm
+                    torch.manual_seed(seed)
+                    losses.append(loss_of(graph, batches[0], 16, recipe.tau(0.25), recipe).item())
+                    for w, d in zip(weights, direction):
+                        w += 0.01 * d
+            row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
+            result[variant].append(row)
+
+    def gated(X, inputs, K):
+        return vp_gate(X, soft_top_k(torch.randn(X.shape[:2], device=X.device), K), *statistics), None
+
+    rows, ways = read_questions(folder / "test.jsonl"), {}
+    for share in (1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06):
+        budget = Budget(share=share)
+        ways[f"gated {share}"] = [by_budget(gated, budget)]
+        ways[f"kept {share}"] = free_choices(vlm, budget, 1)[f"random {budget}"]
+    answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
+    return {**result, "random scores": {name: 100 * mean(by.values()) for name, by in answered.items()}}
+
+
+def ceiling(args):
+    """16 tokens of each of 50 test images: how far choosing goes, and where the scorer falls short.
+
+    captions, answers: each image's scores optimised for themselves, without a scorer, on five captions of it, or on its
+    questions and answers. these 50: a scorer trained on those captions alone. scorer: the pruner that ships.
+    """
+    vlm, rows, steps = load(TINY, args.device), read_questions(prepare() / "test.jsonl")[:250], args.steps or 60
+    pictures, device = [read_image(row["image"]) for row in rows], vlm.model.device
+    told = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}")) for i in range(len(rows))]
+    texts = {"captions": ([PROMPT] * len(rows), told),  # five a picture, as there are five questions
+             "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
+    statistics = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * len(pictures[::5]))).float())
+    ways, keep_all = dict(ALL), torch.nn.Identity()
+    torch.manual_seed(0)
+    for name, (asked, said) in texts.items():
+        batches = [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
+        keeps = []
+        for inputs in batches:  # ten pictures
+            scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
+            graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), keep_all, statistics
+            descend(graph, [inputs], 16, OURS, [scores], 0.05, steps)
+            keeps.append(select(scores.detach(), 16))
+        ways[name] = [lambda X, inputs, keeps=iter(keeps): next(keeps)]
+        if name == "captions":
+            alone = Scorer(vlm.width).to(device)
+            alone.whiten(*statistics)
+            descend((vlm, alone, keep_all, statistics), batches, 16, OURS, alone.parameters(), 1e-3, 5 * steps)
+    scorer, settings = load_pruner(SHIPPED)
+    ways |= {"these 50": [lambda X, inputs: select(alone(X), 16)],
+             "scorer": [chooser(vlm, scorer.to(args.device), settings, Budget(16))[0]]}
+    return accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
+
+
+def gpu(args):
+    """A 7B's speed and the memory of twenty training steps, the tests, and the embedded default, on a GPU."""
+    if not torch.cuda.is_available():
+        raise InputError("gpu: torch sees no GPU on this machine; run it where there is one")
+    result = {}
+    commands = ["bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --compile --json", "-m pytest -q",
+                "train.py --overwrite --json --out",
+                "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite --out"]
+    places = [[args.to / "speed_gpu.json"], [], [args.runs / "gpu"], [args.runs / "gpu-2"]]
+    for command, place in zip(commands, places if torch.cuda.device_count() > 1 else places[:-1]):
+        done = subprocess.run([sys.executable, *command.split(), *place], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        result[command] = {"exit": done.returncode, "said": done.stdout.strip().split("\n")[-1]}
+    vlm, B = load("random:llava-1.5-7b", "cuda", torch.bfloat16), 4
+    inputs = vlm.dummy_inputs(B, 40)
+    inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (vlm.tokens + 20, 0), value=-100)  # captions of 20 tokens
+    statistics = torch.zeros(vlm.width, device="cuda"), torch.eye(vlm.width, device="cuda")
+    graph = vlm, Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda(), statistics
+    learned = [*graph[1].parameters(), *graph[2].parameters()]
+    losses = descend(graph, [inputs], 64, PAPERS, learned, 2e-4, 20)
+    planned = vlm.memory(sum(p.numel() for p in learned), B)
+    return {**result, "training": {"images at once": B, "planned GB": {k: v / 1e9 for k, v in planned.items()},
+                                   "used GB": torch.cuda.max_memory_allocated() / 1e9, "losses": losses}}
+
+
+STUDIES = {"fidelity": fidelity, "recipes": variants, "ablations": variants, "budgets": variants, "probes": probes,
+           "ceiling": ceiling, "positions": positions, "gpu": gpu}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = ap.add_argument
+    add("study", choices=[*STUDIES, "report"])
+    add("--seeds", type=int, help="of what is trained or drawn: 0 … n-1 (default: 3, fidelity: 5)")
+    add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
+    add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
+    add("--variants", nargs="+", metavar="NAME", help="of what is trained: only these")
+    add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
+        "it is not trained again (default: out/study)")
+    add("--questions", metavar="JSONL", help="fidelity: the questions (default: the embedded validation)")
+    add("--to", type=Path, default=ROOT / "results", metavar="DIR", help="where it is written (default: results)")
+    add_device_arguments(ap)
+    args = ap.parse_args()
+    args.json = args.to / f"{args.study}.json"
+    check(args, "seeds", "steps")
+    if args.study == "report":
+        return report(args.to, ROOT / "results/template.md")
+    args.seeds = args.seeds or (5 if args.study == "fidelity" else 3)
+    seeds = {} if args.study in ("ceiling", "positions", "gpu") else {"seeds": args.seeds}
+    save(args.json, "python -m results.study", {**seeds, args.study: STUDIES[args.study](args)})
+    print(section(args.to, args.study))
+
+
+if __name__ == "__main__":
+    cli(main)
