@@ -1,5 +1,5 @@
 """
-The throttler: how much of each visual token gets through, and which tokens stay.
+The throttler, in pure tensor code: how much of each visual token gets through, and which tokens stay.
 
 Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
@@ -7,14 +7,10 @@ Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
 Inference: X -> Scorer -> s -> select -> the K highest tokens, in their original order. Nothing else remains.
 
-This file is pure tensor code: it knows nothing of LLaVA.
-
     $ python throttler.py
     tau 2.0: alpha ['0.791', '0.441', '0.343', '0.326', '0.098'] sum 2.000000
     tau 0.5: alpha ['0.993', '0.594', '0.227', '0.185', '0.002'] sum 2.000000
     tau 0.1: alpha ['1.000', '0.952', '0.035', '0.013', '0.000'] sum 2.000000
-    gradient           ['-0.025567', '-0.583845', '+0.127318', '+0.475132', '+0.006963']
-    finite differences ['-0.025567', '-0.583845', '+0.127318', '+0.475132', '+0.006963']
     select [[0, 1]]
 """
 import torch
@@ -56,12 +52,10 @@ class Block(nn.Module):
 
 
 class Scorer(nn.Module):
-    """One logit per visual token: X (B, N, d_v) -> scores (B, N).
+    """One logit per visual token: X (B, N, d_v) -> scores (B, N), in float32 whatever the VLM's type.
 
-    Two blocks with global attention, width min(d_v, 1024), then a linear head. It sees the image only, never the
-    question, so its choice can be kept for further questions about the same image. Where images have different
-    numbers of tokens, valid (B, N) says which are real: padding is not attended to, and scores -inf.
-    It works in float32 whatever the VLM's type: in bfloat16 some twenty scores of a picture would be equal.
+    Two blocks with global attention, width min(d_v, 1024), then a linear head. It sees the image, never the question.
+    Where images have different numbers of tokens, valid (B, N) says which are real; padding scores -inf.
     """
 
     def __init__(self, d_v):
@@ -77,8 +71,7 @@ class Scorer(nn.Module):
     def whiten(self, mean, L):
         """Read X in whitened coordinates (ours): W = V·λ^-½·Vᵀ, given L = V·λ^½ from whitening().
 
-        A few directions hold most of the variance; without this, what tells one token of an object or of the
-        background from the next is too small to be seen. λ is floored at a tenth of its mean, to amplify no rounding.
+        Without this a few directions of large variance hide all others. λ is floored at a tenth of its mean.
         """
         values = L.square().sum(0)  # λ (d_v,)
         V = L / values.clamp_min(1e-30).sqrt()
@@ -86,8 +79,7 @@ class Scorer(nn.Module):
         self.map.copy_(V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt() @ V.T)
 
     def forward(self, X, valid=None):
-        x = (X.to(self.map.dtype) - self.mean) @ self.map  # (B, N, d_v)
-        x = self.inp(x)  # (B, N, width)
+        x = self.inp((X.to(self.map.dtype) - self.mean) @ self.map)  # (B, N, d_v) -> (B, N, width)
         for block in self.blocks:
             x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)
@@ -140,7 +132,7 @@ class SoftTopK(torch.autograd.Function):
 
 
 def check_count(scores, K, least):
-    """ValueError unless each row's K lies between `least` and its tokens. One int for all rows waits for no device."""
+    """ValueError unless each row's K lies between `least` and its tokens."""
     N = (~scores.isneginf()).sum(-1) if torch.is_tensor(K) else scores.shape[-1]
     if not torch.as_tensor((least <= K) & (K <= N)).all():
         raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
@@ -149,9 +141,8 @@ def check_count(scores, K, least):
 def soft_top_k(scores, K, tau=1.0):
     """Weights alpha in [0, 1] that sum to K, (..., N) -> (..., N), in the type of `scores`.
 
-    Differentiable in the scores, monotone, unchanged when all scores shift; tau -> 0 makes it the hard top-K.
-    A score of -inf (padding) gets exactly 0. K may be any number from 0 to N, or a tensor (...,) with one for each row,
-    from 0 to the tokens that are not padding; ValueError otherwise.
+    Differentiable, monotone, unchanged when all scores shift; tau -> 0 makes it the hard top-K. A score of -inf
+    (padding) gets 0. K is a number from 0 to N, or a tensor (...,) with one for each row; ValueError otherwise.
     """
     check_count(scores, K, 0)
     if not tau > 0:
@@ -162,8 +153,8 @@ def soft_top_k(scores, K, tau=1.0):
 def whitening(X):
     """Mean (d,) and L (d, d) with L·Lᵀ the covariance of the tokens X (..., d); float32, estimated in float64.
 
-    By eigenvalues, not Cholesky: features are low-rank. They are floored at 1e-8 of the largest, so that no
-    direction that this sample happens to lack stays free of noise. Features of one constant value have no noise.
+    By eigenvalues, not Cholesky: features are low-rank. They are floored at 1e-8 of the largest, so that a direction
+    that this sample happens to lack gets some noise, too.
     """
     X = X.reshape(-1, X.shape[-1]).double()  # (tokens, d)
     mean = X.mean(0)
@@ -181,9 +172,8 @@ def _sqrt(t):
 def vp_gate(X, alpha, mean, L, noise=None):
     """Let a share alpha (B, N) of the information in X (B, N, d) through: the variance-preserving noise gate.
 
-    Mean and covariance of the result are those of X whatever alpha is; alpha = 1 returns X bit for bit, alpha = 0
-    leaves nothing of it. `noise` (B, N, d) is standard normal, drawn afresh when not given.
-    The papers' equation, in whitened coordinates: noise that ignores the covariance can be averaged out (README).
+    Mean and covariance of the result are those of X whatever alpha is. `noise` (B, N, d) is standard normal, drawn
+    afresh if not given. Noise that ignores the covariance can be averaged out (README).
     """
     noise = torch.randn_like(X) if noise is None else noise
     noise = (noise.to(L.dtype) @ L.T).to(X.dtype)
@@ -205,23 +195,10 @@ def standardised(scores):
     return (s / (s.square().sum(-1, keepdim=True) / n + 1e-5).sqrt()).masked_fill(padding, -torch.inf)
 
 
-def count_above(z, T):
-    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for select."""
-    return (z > T).sum(-1).clamp_min(1)
-
-
-def hardness_of(alpha, K):
-    """Mean of the K largest weights of each image, (B,). At 1, what is trained is what is deployed."""
-    total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
-    K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
-    return total.gather(1, K[:, None] - 1)[:, 0] / K
-
-
 def select(scores, K):
     """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending.
 
-    ValueError unless 1 <= K <= N. K may be a tensor (B,), one for each row; a row that keeps fewer than the most, or
-    has fewer, begins with -1.
+    ValueError unless 1 <= K <= N. K may be a tensor (B,); a row that keeps fewer than the most begins with -1.
     """
     check_count(scores, K, 1)
     most = int(K.max()) if torch.is_tensor(K) else K
@@ -233,22 +210,17 @@ def select(scores, K):
 def select_diverse(scores, X, K):
     """As select, but no two tokens alike: greedily the token with the largest e^(z/2) · distance to those kept.
 
-    z (B, N) are the standardised scores, distance is 1 - cosine of the features X (B, N, d). The top K alone may keep
-    several tokens of one object and none of another; max-min distance is DivPrune's choice (arXiv 2503.02175).
+    z are the standardised scores, distance is 1 - cosine of the features X (B, N, d). The top K alone may keep several
+    tokens of one object and none of another; max-min distance is DivPrune's choice (arXiv 2503.02175).
     """
     check_count(scores, K, 1)
-    B, N, _ = X.shape  # images, visual tokens
-    rows, padding = torch.arange(B, device=X.device), scores.isneginf()
-    weight = (0.5 * standardised(scores)).exp().masked_fill(padding, 0)  # (B, N)
-    x = F.normalize(X.float(), dim=-1)
-    keep = [weight.argmax(-1)]  # the highest score first
-    nearest = torch.full_like(weight, torch.inf)  # distance to the nearest token kept
-    gone = padding.clone()
-    for _ in range(1, int(K.max()) if torch.is_tensor(K) else K):
-        last = x[rows, keep[-1]]  # (B, d)
-        nearest = nearest.minimum(1 - torch.einsum("bnd,bd->bn", x, last))
-        gone[rows, keep[-1]] = True
-        keep.append((weight * nearest.clamp_min(0)).masked_fill(gone, -1).argmax(-1))
+    padding, weight = scores.isneginf(), (standardised(scores) / 2).exp()  # (B, N)
+    x, nearest, keep = F.normalize(X.float(), dim=-1), torch.full_like(weight, 2.0), []
+    for _ in range(int(torch.as_tensor(K).max())):
+        value = (weight * nearest.clamp_min(0)).masked_fill(padding, -0.5)
+        keep.append(value.scatter(1, torch.stack(keep, 1), -1).argmax(-1) if keep else value.argmax(-1))
+        last = x.gather(1, keep[-1][:, None, None].expand(-1, 1, x.shape[-1]))  # (B, 1, d)
+        nearest = nearest.minimum(1 - (x @ last.mT)[..., 0])  # (B, N), distance to the nearest token kept
     keep = torch.stack(keep, 1)  # (B, K), in the order of choice
     return first_of(keep.masked_fill(padding.gather(1, keep), -1), K)
 
@@ -261,14 +233,8 @@ def first_of(keep, K):
 
 
 if __name__ == "__main__":
-    scores = torch.tensor([3.0, 1.0, 0.5, 0.4, -2.0], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([3.0, 1.0, 0.5, 0.4, -2.0])
     for tau in (2.0, 0.5, 0.1):
         alpha = soft_top_k(scores, 2, tau)
         print(f"tau {tau}: alpha", [f"{a:.3f}" for a in alpha.tolist()], f"sum {alpha.sum():.6f}")
-    weight = torch.arange(5.0, dtype=torch.float64)
-    gradient, = torch.autograd.grad((soft_top_k(scores, 2, 0.5) * weight).sum(), scores)
-    steps = 1e-6 * torch.eye(5, dtype=torch.float64)
-    numeric = (soft_top_k(scores + steps, 2, 0.5) - soft_top_k(scores - steps, 2, 0.5)) @ weight / 2e-6
-    print("gradient          ", [f"{g:+.6f}" for g in gradient.tolist()])
-    print("finite differences", [f"{g:+.6f}" for g in numeric.tolist()])
     print("select", select(scores[None], 2).tolist())

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from data.arguments import add_training_arguments, check_texts, check_training
-from data.budget import Budget, quantiles, real_tokens
+from data.budget import Budget, hardness_of, quantiles, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
 from data.files import cli, portable, rounded
 from data.processes import Processes
@@ -36,12 +36,10 @@ from data.shapes.prepare import FOLDER, prepare
 from denoiser import Denoiser
 from eval.accuracy import accuracy_table, retention
 from model import DTYPES, add_device_arguments, load
-from throttler import Scorer, hardness_of, soft_top_k, standardised, vp_gate, whitening
+from throttler import Scorer, soft_top_k, standardised, vp_gate, whitening
 
 PROMPT = "Describe the image."
 
-
-# --- recipes ----------------------------------------------------------------------------------------------------------
 
 def cosine(start, end, t):
     """From start to end along half a cosine as t goes from 0 to 1, then end."""

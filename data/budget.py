@@ -78,3 +78,15 @@ def quantiles(z, n=64):
     z = z[z != -torch.inf]
     totals = sorted({round(len(z) ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one token to all
     return {"shares": [total / len(z) for total in totals], "values": [threshold(z, total) for total in totals]}
+
+
+def count_above(z, T):
+    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for select."""
+    return (z > T).sum(-1).clamp_min(1)
+
+
+def hardness_of(alpha, K):
+    """Mean of the K largest weights of each image, (B,). At 1, what is trained is what is deployed."""
+    total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
+    K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
+    return total.gather(1, K[:, None] - 1)[:, 0] / K

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.budget import Budget, real_tokens
+from data.budget import Budget, count_above, real_tokens
 from data.files import ROOT, InputError, short
-from throttler import Scorer, count_above, select, select_diverse, standardised
+from throttler import Scorer, select, select_diverse, standardised
 
 
 def default_pruner():

@@ -147,8 +147,8 @@ def cosine(optimizer, step, steps, lr, warmup=100):
 
 def steps_of(out, name, steps, learned, optimizer):
     """The steps that are left of a stage, whose checkpoint is in out/name: a killed run resumes."""
-    folder = out / name
-    run = Run(folder, {"steps": steps, "batch": 1}, Processes("cpu"), resume=(folder / "checkpoint.safetensors").exists())
+    there = (out / name / "checkpoint.safetensors").exists()
+    run = Run(out / name, {"steps": steps, "batch": 1}, Processes("cpu"), resume=there)
     run.hold(learned, optimizer, {})
     return run.steps(steps, save_every=200)
 
@@ -282,8 +282,8 @@ def train_language(out, model, tokenizer, X, scenes, regions, steps, held_out=20
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
-    ap.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints, from which a killed "
-                    "run resumes (%(default)s)")
+    ap.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints, from which a "
+                    "killed run resumes (%(default)s)")
     ap.add_argument("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
     ap.add_argument("--vision-steps", type=int, default=1300, help="steps of stage 1 (%(default)s)")
     ap.add_argument("--language-steps", type=int, default=2200, help="steps of stage 2 (%(default)s)")
