@@ -3,7 +3,6 @@ Draw the pictures again, from the code, the pruner that ships and the JSON files
 
     python -m results.draw                        # all of them, seconds
     python -m results.draw gate graphs            # only results/gate.png and results/graphs.png
-    python -m results.draw training --run out     # training.gif, from a run of train.py --frames
 """
 import argparse
 import functools
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
 
 from data.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart
 from data.files import ROOT, InputError, cli, read_image, write
@@ -187,39 +185,19 @@ def speed():
     return half(line_chart(series, "visual tokens that the LLM reads", "milliseconds", sorted(counts), ticks))
 
 
-def training(run):
-    """Write an animated GIF of a training: the example scenes, each patch as bright as its alpha."""
-    with safe_open(run / "frames.safetensors", "pt") as file:
-        alpha, told = file.get_tensor("alpha"), json.loads(file.metadata()["frames"])  # (frames, 6, N)
-    sheets = []
-    for weights, now in list(zip(alpha, told))[::math.ceil(len(alpha) / 20)]:
-        sheet, draw = canvas(326, 250)
-        for i in range(len(EXAMPLES)):
-            sheet.paste(shown(i, weights[i], 96), (10 + 105 * (i % 3), 10 + 105 * (i // 3)))
-        text = f"step {now['step']}   hardness {now['hardness']:.2f}   loss {now['loss']:.2f}"
-        draw.text((10, 225), text, INK, font(15))
-        sheets.append(sheet.quantize(32, dither=Image.Dither.NONE))
-    sheets += sheets[-1:] * 10  # it rests at the end
-    write(HERE / "training.gif", sheets, 150)
-
-
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attention": attention, "graphs": graphs,
-            "accuracy": accuracy, "speed": speed, "training": training}
+            "accuracy": accuracy, "speed": speed}
 
 
 @torch.no_grad()
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("names", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)} (default: all)")
-    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR", help="training: the run (default: out)")
     args = ap.parse_args()
     for name in args.names or PICTURES:
         if name not in PICTURES:
             raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}")
-        if name == "training":
-            training(args.run)
-        else:
-            write(HERE / f"{name}.png", PICTURES[name]())
+        write(HERE / f"{name}.png", PICTURES[name]())
         print(f"wrote results/{name}")
 
 
