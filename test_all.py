@@ -1706,6 +1706,59 @@ def test_fidelity_holds_what_is_measured_against_the_written_rule(small, monkeyp
         monkeypatch.setattr(study, "right_or_wrong", answer)
 
 
+# --- lmms-eval, where it is installed ---------------------------------------------------------------------------------
+
+LMMS_TASK = """task: drawn
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/test.jsonl}, cache_dir: FOLDER/cache}
+test_split: test
+output_type: generate_until
+doc_to_text: "<image>{{text}}"
+doc_to_target: label
+doc_to_visual: !function pictures.of
+generation_kwargs: {max_new_tokens: 128}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"""
+
+
+def lmms_task(folder, pictures=1):
+    """A task of lmms-eval from six drawn scenes; each question has so many pictures."""
+    rows = []
+    for n in range(6):
+        image, objects = shapes.draw_scene(f"lmms-{n}")
+        files.write(folder / f"{n}.png", image)
+        for _, text, label in shapes.questions(objects, random.Random(n)):
+            rows.append(dict(question_id=len(rows), image=f"{n}.png", text=text, label=label))
+    files.write(folder / "test.jsonl", rows)
+    (folder / "pictures.py").write_text("from PIL import Image\n\n\ndef of(doc):\n"
+                                        f"    return {pictures} * [Image.open('{folder}/' + doc['image'])]\n")
+    (folder / "drawn.yaml").write_text(LMMS_TASK.replace("FOLDER", str(folder)))
+
+
+def evaluated(folder, keep, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("lmms_eval")
+    from eval.lmms import Pruned, TaskManager, simple_evaluate
+    model = Pruned.create_from_arg_string(f"pruner={ROOT}/data/shapes/pruner,keep={keep},device=cpu,batch_size=7")
+    return simple_evaluate(model=model, tasks=["drawn"], task_manager=TaskManager(include_path=str(folder)))
+
+
+@pytest.mark.parametrize("keep, kept", [("16", 16), ("all", 144)])
+def test_lmms_eval_gets_the_answers_of_infer(tmp_path, keep, kept, monkeypatch):
+    lmms_task(tmp_path)
+    samples = sorted(evaluated(tmp_path, keep, monkeypatch)["samples"]["drawn"], key=lambda sample: sample["doc_id"])
+    command = f"infer.py --questions {tmp_path}/test.jsonl --answers {tmp_path}/a.jsonl --keep {keep} --device cpu"
+    subprocess.run([sys.executable, *command.split(), "--pruner", "data/shapes/pruner"], cwd=ROOT, check=True)
+    answers = [json.loads(line)["text"] for line in open(tmp_path / "a.jsonl")]
+    assert [sample["resps"][0][0] for sample in samples] == answers
+    assert all(5 < sample["token_counts"][0]["input_tokens"] - kept < 60 for sample in samples)
+
+
+def test_lmms_eval_names_the_document_without_its_one_picture(tmp_path, monkeypatch):
+    lmms_task(tmp_path, pictures=2)
+    with pytest.raises(InputError, match="drawn, document [0-9]+: 2 pictures"):
+        evaluated(tmp_path, "16", monkeypatch)
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def test_readme_snippets_stand_in_the_code_and_its_links_lead_somewhere():
