@@ -39,7 +39,7 @@ class Pruned(lmms):
         args = parser.parse_args([f"--{name}={value}" for name, value in options.items() if value])
         self.vlm, scorer, settings = load_pruned(args)
         budget = budgets([str(keep)], self.vlm)[0] if keep else None
-        self.choose, self.batch = chooser(self.vlm, scorer, settings, budget)[0], int(batch_size)
+        self.choose, self.batch = chooser(self.vlm, scorer, settings, budget)[0], max(1, int(batch_size))
 
     def question(self, request):
         """(picture, text) of a request. InputError if it asks for more than a greedy answer about one picture."""
