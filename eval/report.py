@@ -21,12 +21,12 @@ def supports(claim):
     return "this supports them" if claim else "this does **not** support them"
 
 
-def by_kind(table, full):
+def by_kind(table, full, heading="retention"):
     """A line for each row {category: accuracy}, in per cent, with its retention."""
     rows = []
     for name, by in table.items():
         rows.append([name, *(f"{100 * share:.1f}" for share in by.values()), f"{retention(by, full):.1f}"])
-    return markdown(["", *full, "retention"], rows)
+    return markdown(["", *full, heading], rows)
 
 
 def fidelity(made):
@@ -107,7 +107,7 @@ def positions(made):
     far, near = made["original"]["scorer"], made["closed up"]["scorer"]
     table = {f"{way}, {place}": by for place, ways in made.items() for way, by in ways.items()}
     most = max(far, key=lambda c: far[c] - near[c])
-    return [by_kind(table, far), f"Closing up costs most in '{most}': {100 * (far[most] - near[most]):.1f} points."]
+    return [by_kind(table, far, "of the first row"), f"Closing up costs most in '{most}': {100 * (far[most] - near[most]):.1f} points."]
 
 
 def speed(made):

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from data.files import write
+from data.files import InputError, cli, write
 
 FOLDER = Path(__file__).resolve().parent
 SIZE = 96  # pixels a side: 12 x 12 = 144 patches of 8
@@ -164,7 +164,11 @@ def prepare(splits=SPLITS):
         image, objects = draw_scene(f"{split}-{i}")  # a seed of its own for each scene: the splits are disjoint
         rng = random.Random(f"text-{split}-{i}")
         if not (FOLDER / name).exists():
-            (FOLDER / split).mkdir(exist_ok=True)
+            try:
+                (FOLDER / split).mkdir(exist_ok=True)
+            except OSError as e:
+                raise InputError(f"{FOLDER / split}: cannot be made ({e.strerror}); copy this code to a folder that you "
+                                 "can write to") from None
             write(FOLDER / name, image)
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))
@@ -180,4 +184,4 @@ def prepare(splits=SPLITS):
 
 
 if __name__ == "__main__":
-    prepare()
+    cli(prepare)
