@@ -107,7 +107,8 @@ def positions(made):
     far, near = made["original"]["scorer"], made["closed up"]["scorer"]
     table = {f"{way}, {place}": by for place, ways in made.items() for way, by in ways.items()}
     most = max(far, key=lambda c: far[c] - near[c])
-    return [by_kind(table, far, "of the first row"), f"Closing up costs most in '{most}': {100 * (far[most] - near[most]):.1f} points."]
+    said = f"Closing up costs most in '{most}': {100 * (far[most] - near[most]):.1f} points."
+    return [by_kind(table, far, "of the first row"), said]
 
 
 def speed(made):
