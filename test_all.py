@@ -1737,9 +1737,10 @@ def lmms_task(folder, pictures=1):
 def evaluated(folder, keep, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("lmms_eval")
-    from eval.lmms import Pruned, TaskManager, simple_evaluate
+    from eval.lmms import Pruned, TaskManager, evaluator
     model = Pruned.create_from_arg_string(f"pruner={ROOT}/data/shapes/pruner,keep={keep},device=cpu,batch_size=7")
-    return simple_evaluate(model=model, tasks=["drawn"], task_manager=TaskManager(include_path=str(folder)))
+    manager = TaskManager(include_path=str(folder))
+    return evaluator.simple_evaluate(model=model, tasks=["drawn"], task_manager=manager)
 
 
 @pytest.mark.parametrize("keep, kept", [("16", 16), ("all", 144)])

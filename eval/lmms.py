@@ -20,8 +20,8 @@ from eval.tables import budgets, check, save
 from infer import add_pruner_arguments, load_pruned
 
 try:
+    from lmms_eval import evaluator  # the whole module: by the entry point, it is itself just being imported
     from lmms_eval.api.model import lmms
-    from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models.registry_v2 import ModelManifest
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import make_table
@@ -90,7 +90,7 @@ def main():
     if not set(tasks) <= set(manager.all_tasks):
         raise InputError(f"--tasks {args.tasks}: lmms-eval knows not all; python -m lmms_eval --tasks list names them")
     lm = Pruned(args.keep, args.batch_size, pruner=args.pruner, model=args.model, device=args.device, dtype=args.dtype)
-    results = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=args.limit)
+    results = evaluator.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=args.limit)
     print(make_table(results))
     if args.json:
         save(args.json, "python -m eval.lmms", {name: results.get(name) for name in ("results", "efficiency")})

@@ -65,9 +65,9 @@ def recipes(made):
         if first is not row and "16" in row["top"]:
             this, base = row["top"]["16"]["retention"], first["top"]["16"]["retention"]
             change, clear = mean(this) - mean(base), max(this) < min(base) or min(this) > max(base)
-            where = "beyond" if clear else "within"
-            said.append(f"- {name}: {change:+.1f} points at 16, {where} the spread of the seeds.")
-            if name in PAPERS:
+            where = f"{'beyond' if clear else 'within'} the spread of the seeds" if len(this) > 1 else "with one seed"
+            said.append(f"- {name}: {change:+.1f} points at 16, {where}.")
+            if name in PAPERS and len(this) > 1:
                 theirs = PAPERS[name][2] - PAPERS["papers"][2]
                 said[-1] += f" The papers have {theirs:+.1f}: {supports(clear and change * theirs > 0)}."
     header = ["variant", "hardness", "soft / hard / deployed", "seconds", *row["top"], "papers"]

@@ -42,7 +42,9 @@ def markdown(header, rows):
 
 
 def spread(values, digits=1):
-    """The mean, and the lowest to the highest."""
+    """The mean, and the lowest to the highest where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
@@ -64,7 +66,7 @@ def save(path, program, measured):
 
 def made_by(file):
     """The command, machine and date of a saved file, in a sentence."""
-    c, seeds = file["conditions"], f", seeds 0 to {file['seeds'] - 1}" if "seeds" in file else ""
+    c, seeds = file["conditions"], f", {file['seeds']} seeds" if "seeds" in file else ""
     return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch {c['torch']}, transformers "
             f"{c['transformers']}, {c['date']}{seeds}.")
 
