@@ -99,8 +99,9 @@ def probes(made):
 
 def ceiling(made):
     kept = {name: retention(by, made["all"]) for name, by in made.items()}
+    better = "a better choice is possible" if kept["captions"] > kept["scorer"] else "no better choice was found"
     return [by_kind(made, made["all"]), f"Scores optimised for each image keep {kept['captions']:.1f} %, the scorer "
-            f"{kept['scorer']:.1f} %: choosing better could gain {kept['captions'] - kept['scorer']:.1f} points."]
+            f"{kept['scorer']:.1f} %: {better}."]
 
 
 def positions(made):
