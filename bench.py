@@ -22,10 +22,11 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from data.files import InputError, cli
-from eval.criteria import average_pooling, cells, cls_attention, criteria
+from data.pruner import default_pruner, load_pruner
+from eval.criteria import average_pooling, cls_attention, criteria, pooled_grid
 from eval.report import PUBLISHED, STAGES
 from eval.tables import budgets, check, percentile, save, show
-from infer import CACHE, default_pruner, load_pruner
+from infer import CACHE
 from model import DTYPES, add_device_arguments, load
 from throttler import Scorer, select
 
@@ -100,7 +101,7 @@ def ways_to_choose(vlm, scorer, inputs, X, K):
             ways["CLS"] = lambda: select(cls_attention(vlm, inputs, hidden), K)
         elif name != "pooling":
             ways[name] = partial(choose, X, inputs, K)
-        elif cells(vlm.tokens, K):
+        elif pooled_grid(vlm.tokens, K):
             ways["pooling"] = lambda: average_pooling(X, K)
     return ways
 

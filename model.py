@@ -23,7 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from data.files import InputError, read_image, short  # noqa: F401 (read_image: others import it from here)
-from data.weights import RANDOM, complete, one_line, read_model, supported  # noqa: F401 (RANDOM likewise)
+from data.weights import complete, one_line, read_model, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,7 @@ def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=No
     """A frozen VLM from a folder (also relative to this repository) or a hub name, in transformers' own format.
 
     `model` may also be a transformers model that is loaded already, given with its processor: it is frozen in place.
-    'random:' and a name in RANDOM: the true architecture with random weights and no processor, for timing; on device
+    'random:NAME' (see data/weights.py): the true architecture, random weights and no processor, for timing; on device
     "meta" without weights, for counting. attention and device_map are those of from_pretrained().
     InputError for whatever is wrong with the model: before anything else, it must answer a trial question.
     """

@@ -42,6 +42,7 @@ from data import files, pictures, pruner, questions
 from data import run as running
 from data.budget import Budget, count_above, hardness_of, quantiles, threshold
 from data.files import InputError, cli, read_image
+from data.processes import Processes
 from data.shapes import prepare as shapes
 from data.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
@@ -413,6 +414,35 @@ def test_a_step_costs_twice_the_forward(backbone):
     assert step <= 2.2 * forward + encoder + 3.1 * pruner  # only the pruner's own weights get a gradient
 
 
+def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone):
+    """Full and deployed by the stock model, whose mask hides what is dropped; soft and hard by the gate written out."""
+    torch.manual_seed(0)
+    vlm, inputs, X = backbone
+    valid = inputs.get("valid", torch.ones(X.shape[:2], dtype=torch.bool))
+    scores = torch.randn(X.shape[:2]).masked_fill(~valid, -torch.inf)
+    statistics, noise = whitening(X.float()), torch.randn(X.shape)
+    graph = vlm, lambda X, valid: scores, torch.nn.Identity(), statistics
+    losses = train.held_out_losses(graph, [(inputs, noise)], Budget(5), 0.7, train.RECIPES["ours"], Processes("cpu"))
+    kept, sequence = scores >= scores.topk(5).values[:, -1:], vlm.embed(inputs, X)  # (B, N)
+    assert losses["full_loss"] == pytest.approx(vlm.model(**sequence).loss.item(), abs=1e-4)
+    sequence["attention_mask"] = sequence["attention_mask"].masked_scatter(vlm.visual(inputs), kept[valid].long())
+    assert losses["deployed_loss"] == pytest.approx(vlm.model(**sequence).loss.item(), abs=1e-4)
+    alpha = soft_top_k(standardised(scores), 5, 0.7)
+    for name, weights in (("soft_loss", alpha), ("hard_loss", kept.float())):
+        gated = vp_gate(X.float(), weights, *statistics, noise)
+        assert losses[name] == pytest.approx(vlm.loss(inputs, gated).item(), abs=1e-4)
+    assert max(losses.values()) - min(losses.values()) > 1e-2 and losses["full_loss"] != losses["deployed_loss"]
+
+
+@pytest.mark.parametrize("name, unchanged", [("ours", True), ("papers", False)])
+def test_only_raw_scores_can_undo_the_annealing_by_shrinking(backbone, name, unchanged):
+    vlm, inputs, X = backbone
+    scores, statistics = torch.linspace(-2, 2, X.shape[1]).repeat(len(X), 1), whitening(X.float())
+    alphas = [train.forward(vlm, lambda X, valid: scale * scores, torch.nn.Identity(), statistics, inputs,
+                            torch.zeros(X.shape), Budget(5), 0.5, train.RECIPES[name])[1] for scale in (1, 0.1)]
+    assert torch.allclose(*alphas, atol=1e-2) == unchanged
+
+
 def test_papers_recipe_is_the_papers_to_the_letter():
     papers = train.RECIPES["papers"]
     assert (papers.whiten, papers.standardise, papers.spread, papers.choose) == (False, False, 1.0, "top")
@@ -581,6 +611,52 @@ def test_a_run_is_not_lost(tmp_path, coco, monkeypatch, capsys):
     assert tiny(coco, tmp_path, "--overwrite", "--lr", 1e30) == 2 and "a loss or its gradient is" in error()
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--keep", 0], "--keep '0' is no budget"), (["--keep", 145], "145: .*144 visual tokens"),
+    (["--keep", "~16"], "~16"),
+    (["--steps", 0], "--steps 0"), (["--lr", "inf"], "--lr inf"), (["--seed", 2 ** 64], "--seed"),
+    (["--workers", -1], "--workers"), (["--questions", "none.jsonl"], "none.jsonl"), (["--data", "no.json"], "no.json"),
+    (["--model", "./no/such"], "no/such"), (["--out", ROOT / "LICENSE"], "--out"), (["--device", "meta"], "meta")])
+def test_bad_training_arguments_are_one_line_and_leave_nothing(tmp_path, coco, capsys, argv, words):
+    assert tiny(coco, tmp_path / "out", *argv) == 2
+    err = capsys.readouterr().err
+    assert re.match(f"error: .*{words}", err) and err.count("\n") == 1
+    assert not (tmp_path / "out/checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun"), ({"RANK": "1", "WORLD_SIZE": "1"}, "torchrun"),
+    ({"RANK": "a"}, "torchrun"), ({"RANK": "", "WORLD_SIZE": ""}, None)])
+def test_an_environment_without_torchrun_is_said(monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if words is None:
+        assert Processes("cpu").world == 1
+    else:
+        with pytest.raises(InputError, match=words):
+            Processes("cpu")
+
+
+def test_more_processes_than_images_are_refused(vlm):
+    processes = Processes("cpu")
+    assert processes.plan(vlm, 1000, batch=8, at_once=3) == (3, 3)
+    processes.world = 9
+    with pytest.raises(InputError, match="--batch 8"):
+        processes.plan(vlm, 1000, batch=8)
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path, coco, monkeypatch):
+    saved, save = [], running.Run.save
+    monkeypatch.setattr(running.Run, "save", lambda self, step: saved.append(step) or save(self, step))
+    assert tiny(coco, tmp_path, "--save-every", 4) == 0 and saved == [0, 4, 6]
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_only_our_scorer_reads_whitened_tokens(tmp_path, coco, name):
+    assert tiny(coco, tmp_path, "--recipe", name, "--steps", 1) == 0
+    assert load_file(tmp_path / "scorer.safetensors")["map"].equal(torch.eye(128)) == (name == "papers")
+
+
 def test_a_second_run_on_one_folder_is_refused(tmp_path, coco, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(train, "held_out_losses", on_call(train.held_out_losses, 1, lambda: codes.append(in_a_process(
@@ -622,7 +698,7 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, coco, monkeypatch
     assert tiny(coco, tmp_path, "--steps", 10, "--eval-every", 2) == 0
     log = log_of(tmp_path)
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-2]["tau"] == log[-1]["tau"] == 0.02
-    scorer, settings = infer.load_pruner(tmp_path)
+    scorer, settings = pruner.load_pruner(tmp_path)
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
 
 
@@ -1507,7 +1583,7 @@ def test_pooling_puts_each_cells_mean_at_its_centre(class_token):
     cell = X[1, class_token:].view(12, 12, -1)[3:6, 6:9].mean((0, 1))  # row 1, column 2 of 4 x 4
     torch.testing.assert_close(pooled[1, keep[1, 6]], cell)
     assert keep.equal(criteria.uniform_grid(X, 16))
-    assert criteria.cells(144, 48) == (6, 8) and criteria.cells(144, 31) is None
+    assert criteria.pooled_grid(144, 48) == (6, 8) and criteria.pooled_grid(144, 31) is None
 
 
 def test_cls_attention_is_that_of_the_stock_encoder(vlm, scene):
@@ -1674,6 +1750,12 @@ def small(asked, monkeypatch):
     return argparse.Namespace(device="cpu", questions=asked / "test.jsonl", seeds=2, steps=3)
 
 
+def test_coherence_is_the_mean_cosine_between_gradients():
+    a, b = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
+    assert study.coherence([a, b]) == pytest.approx(0.5 ** 0.5)
+    assert study.coherence([a, b, 5 * a]) == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3)
+
+
 def test_positions_closes_the_gaps_and_changes_nothing_else(small, monkeypatch):
     seen = []
 
@@ -1776,6 +1858,15 @@ def test_readme_snippets_stand_in_the_code_and_its_links_lead_somewhere():
         assert any(plain(snippet) in text for text in code), f"not in the code:\n{snippet}"
     for path in re.findall(r"\]\(([\w./-]+)\)", readme) + re.findall(r"^\| `([\w./]+)` \|", readme, re.M):
         assert (ROOT / path).exists(), path
+
+
+def test_readme_table_is_what_was_measured():
+    table = json.loads((ROOT / "results/accuracy.json").read_text())["accuracy"]
+    kept = {name: f"{accuracy.retention(by, table['all 144']):.1f}" for name, by in table.items()}
+    free = ["random", "norm", "pooling", "uniform", "CLS", "diversity", "DPP"]
+    names = [*free, "scorer", "scorer, diverse", "scorer, DPP"]
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8)) for name in names]
 
 
 def test_readme_python_example_runs(capsys):

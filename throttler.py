@@ -112,7 +112,7 @@ class SoftTopK(torch.autograd.Function):
         m = K - k.double()
         root = (m.abs() + (m.square() + (logP + logQ).exp()).sqrt()).log()
         b = torch.where(m > 0, logQ - root, torch.where(m < 0, root - logP, 0.5 * (logQ - logP)))
-        x = s - b
+        x = s - b  # alpha_i = F(s_i/tau - b); s is s/tau here
         alpha = torch.where(x < 0, 0.5 * x.clamp(max=0).exp(), 1 - 0.5 * (-x).clamp(max=0).exp())
         alpha = alpha.masked_fill(s.isneginf(), 0)
         ctx.save_for_backward(alpha)
@@ -176,7 +176,7 @@ def vp_gate(X, alpha, mean, L, noise=None):
     afresh if not given. Noise that ignores the covariance can be averaged out (README).
     """
     noise = torch.randn_like(X) if noise is None else noise
-    noise = (noise.to(L.dtype) @ L.T).to(X.dtype)
+    noise = (noise.to(L.dtype) @ L.T).to(X.dtype)  # L·ε
     alpha = alpha.unsqueeze(-1)  # (B, N, 1)
     a, b = _sqrt(alpha).to(X.dtype), _sqrt(1 - alpha).to(X.dtype)
     # x̃ = μ + √α·(x - μ) + √(1-α)·L·ε   (DiffPrune's gate; written so that α = 1 gives back x exactly)

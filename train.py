@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from data.arguments import add_training_arguments, check_texts, check_training
-from data.budget import Budget, hardness_of, quantiles, real_tokens
+from data.budget import hardness_of, quantiles, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
 from data.files import cli, portable, rounded
 from data.processes import Processes
@@ -35,6 +35,7 @@ from data.run import Run
 from data.shapes.prepare import FOLDER, prepare
 from denoiser import Denoiser
 from eval.accuracy import accuracy_table, retention
+from eval.tables import budgets
 from model import DTYPES, add_device_arguments, load
 from throttler import Scorer, soft_top_k, standardised, vp_gate, whitening
 
@@ -149,7 +150,7 @@ def train(args, recipe=None):
     check_texts(vlm, data, training + held_out, PROMPT, questions)
     if args.checkpointing:
         vlm.recompute()
-    keep = args.keep if vlm.tokens is None else Budget(args.keep.of(vlm.tokens))
+    keep, = budgets([str(args.keep)], vlm)
     torch.manual_seed(args.seed)
     modules = torch.nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": recipe.denoiser(vlm.width)})
     scorer, denoiser = modules.to(processes.device).values()

@@ -13,6 +13,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,8 +35,9 @@ def cli(main):
     try:
         main()
         print(end="", flush=True)
-    except InputError as e:
-        print("error:", short(e, 500), file=sys.stderr)
+    except (InputError, torch.OutOfMemoryError) as e:
+        cure = "" if isinstance(e, InputError) else "; take fewer images at a time, or --checkpointing in training"
+        print("error:", short(e, 500) + cure, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -70,8 +72,8 @@ def read_image(source, processor=None):
 
 
 def write(path, content, note=None):
-    """Write tensors, JSON, a picture, frames or else lines of JSON, by the name's ending. After a crash the old file or
-    the new one is there. Links are followed. note: a safetensors file's metadata, or a GIF's milliseconds a frame."""
+    """Write tensors, JSON, a picture or else lines of JSON, by the name's ending. After a crash the old file or the new
+    one is there. Links are followed. note: a safetensors file's metadata."""
     place, kind = Path(os.path.realpath(path)), Path(path).suffix.lower()
     temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # unique: two runs may write the same file
     try:
@@ -79,8 +81,6 @@ def write(path, content, note=None):
             raise OSError("it is no ordinary file")
         if kind == ".safetensors":
             save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
-        elif kind == ".gif":
-            content[0].save(temporary, "GIF", save_all=True, append_images=content[1:], duration=note, loop=0)
         elif kind in (".png", ".jpg"):
             content.save(temporary, "PNG" if kind == ".png" else "JPEG", quality=92)
         elif kind == ".json":

@@ -59,17 +59,20 @@ class Processes:
 
     def plan(self, vlm, learned, batch, at_once=None, recompute=False):
         """(images at a time, parts of a step) for this process's share of a batch; says in plain words which."""
+        if batch < self.world:
+            raise InputError(f"--batch {batch}: is fewer than the {self.world} processes; raise it")
         share = len(self.share(range(batch)))
         if self.device.startswith("cuda"):
             free, total = torch.cuda.mem_get_info(self.device)
         else:
-            free = total = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         fit = at_once or vlm.images_that_fit(learned, free, recompute)
         if not fit:
             raise InputError("not one image fits beside this model; try --checkpointing, or --dtype bfloat16")
         fit = min(share, fit)
         planned = vlm.memory(learned, fit, recompute)
         parts = -(-share // fit)
-        self.say(f"{fit} images at a time, {parts} times a step: about {sum(planned.values()) / 1e9:.1f} of "
-                 f"{(total if total > free else free + planned['frozen']) / 1e9:.0f} GB")
+        self.say(f"{learned:,} parameters learn; {fit} images at a time, {parts} times a step: about "
+                 f"{sum(planned.values()) / 1e9:.1f} of {total / 1e9:.0f} GB")
         return fit, parts

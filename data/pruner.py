@@ -1,5 +1,5 @@
 """
-A trained pruner: find it, load it and its VLM, and choose tokens by it as it is deployed.
+A trained pruner: find it, load it, and choose tokens by it as it is deployed.
 
     scorer, settings = load_pruner("out")
     vlm = load(settings["model"])

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from data.budget import real_tokens
 from data.files import cli, read_image
+from data.pruner import chooser
 from data.questions import is_right, read_questions, yes_no
 from data.shapes.prepare import prepare
-from eval.criteria import cells, criteria, dpp, each_image, random_tokens
+from eval.criteria import criteria, dpp, each_image, pooled_grid, random_tokens
 from eval.tables import budgets, check, mean, save, show
-from infer import add_pruner_arguments, chooser, load_pruned
+from infer import add_pruner_arguments, load_pruned
 from throttler import standardised
 
 WORDS = 128  # new tokens of an answer at most, as in infer.py
@@ -97,7 +98,7 @@ def free_choices(vlm, budget, seeds, others=True):
     random = [partial(each_image, partial(random_tokens, generator=generator)) for generator in generators]
     ways = {f"random {budget}": [by_budget(choose, budget) for choose in random]}
     for name, choose in criteria(vlm).items():
-        fits = name != "pooling" or cells(vlm.tokens, budget.of(vlm.tokens))
+        fits = name != "pooling" or pooled_grid(vlm.tokens, budget.of(vlm.tokens))
         if name != "random" and fits and (others or name == "uniform"):
             ways[f"{name} {budget}"] = [by_budget(choose, budget)]
     return ways

@@ -86,7 +86,7 @@ def dpp(X, K, quality=None):
     return torch.stack(keep, 1).sort(-1).values  # (B, K)
 
 
-def cells(N, K):
+def pooled_grid(N, K):
     """(rows, columns) of a grid of K equal cells over N patches, as square as K allows. None if there is none."""
     side, _ = grid_of(N)
     fitting = [rows for rows in range(1, math.isqrt(K) + 1) if K % rows == 0 and K // rows <= side]
@@ -96,7 +96,7 @@ def cells(N, K):
 def average_pooling(X, K):
     """No choice at all: the patches averaged to K cells. (X with each cell's mean at its centre, those centres)."""
     B, N, d = X.shape  # images, visual tokens, channels
-    (side, first), (rows, columns) = grid_of(N), cells(N, K)
+    (side, first), (rows, columns) = grid_of(N), pooled_grid(N, K)
     patches = X[:, first:].float().mT.reshape(B, d, side, side)
     means = F.adaptive_avg_pool2d(patches, (rows, columns)).flatten(2).mT  # (B, K, d)
     y, x = (((torch.arange(n, device=X.device) + 0.5) * side / n).long() for n in (rows, columns))

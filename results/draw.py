@@ -3,6 +3,7 @@ Draw the pictures again, from the code, the pruner that ships and the JSON files
 
     python -m results.draw                        # all of them, seconds
     python -m results.draw gate graphs            # only results/gate.png and results/graphs.png
+    python -m results.draw losses --run out       # out/losses.png, from the log.jsonl of a training
 """
 import argparse
 import functools
@@ -16,11 +17,11 @@ from PIL import Image, ImageOps
 
 from data.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart
 from data.files import ROOT, InputError, cli, read_image, write
-from data.pictures import frame, seen_by_model
+from data.pictures import frame, loss_chart, seen_by_model
+from data.pruner import chooser, load_pruner
 from data.shapes.prepare import draw_scene, questions
 from denoiser import Denoiser
 from eval.accuracy import retention
-from infer import chooser, load_pruner
 from model import load
 from throttler import soft_top_k, vp_gate, whitening
 
@@ -185,6 +186,16 @@ def speed():
     return half(line_chart(series, "visual tokens that the LLM reads", "milliseconds", sorted(counts), ticks))
 
 
+def losses(run):
+    """Draw a training's four held-out losses over its steps, beside its log."""
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as e:
+        raise InputError(f"{run}/log.jsonl: cannot be read ({e.strerror}); give a training with --run") from None
+    write(run / "losses.png", loss_chart([json.loads(line) for line in lines]))
+    print(f"wrote {run / 'losses.png'}")
+
+
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attention": attention, "graphs": graphs,
             "accuracy": accuracy, "speed": speed}
 
@@ -192,11 +203,16 @@ PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attent
 @torch.no_grad()
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("names", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)} (default: all)")
+    ap.add_argument("names", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)} (default: all of these), or "
+                    "losses")
+    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR", help="losses: the training (default: out)")
     args = ap.parse_args()
     for name in args.names or PICTURES:
+        if name == "losses":
+            losses(args.run)
+            continue
         if name not in PICTURES:
-            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}")
+            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses")
         write(HERE / f"{name}.png", PICTURES[name]())
         print(f"wrote results/{name}")
 

@@ -28,13 +28,13 @@ from tqdm import tqdm
 from data.budget import Budget
 from data.coco import read_coco
 from data.files import ROOT, InputError, cli, read_image, write
+from data.pruner import chooser, load_pruner
 from data.questions import read_questions
 from data.shapes.prepare import caption, draw_scene, prepare
 from denoiser import Denoiser
 from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
 from eval.report import report, section
 from eval.tables import budgets, check, mean, save
-from infer import chooser, load_pruner
 from model import add_device_arguments, load
 from throttler import Scorer, select, soft_top_k, vp_gate, whitening
 from train import PROMPT, RECIPES, forward, parse_arguments, train
@@ -228,6 +228,13 @@ def descend(graph, batches, K, recipe, parameters, lr, steps, end=1.0):
     return losses
 
 
+def coherence(gradients):
+    """Mean cosine between different ones of these vectors."""
+    g = F.normalize(torch.stack(list(gradients)), dim=1)  # (n, weights)
+    n = len(g)
+    return (((g @ g.T).sum() - n) / (n * (n - 1))).item()
+
+
 def probes(args):
     """The papers' measured claims, for the noise gate and for Gumbel with straight-through.
 
@@ -248,18 +255,15 @@ def probes(args):
             graph = vlm, Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device), statistics
             weights = list(graph[1].parameters())
 
-            def coherence(tau):
-                g = []
+            def gradients(tau):
                 for inputs in batches[:8]:
                     gradient = torch.autograd.grad(loss_of(graph, inputs, 16, tau, recipe), weights)
-                    g.append(torch.cat([t.flatten() for t in gradient]))
-                g = F.normalize(torch.stack(g), dim=1)
-                return (((g @ g.T).sum() - 8) / 56).item()
+                    yield torch.cat([t.flatten() for t in gradient])
 
-            row = {"coherence at the start": coherence(recipe.tau(0))}
+            row = {"coherence at the start": coherence(gradients(recipe.tau(0)))}
             learned = [*weights, *graph[2].parameters()]
             descend(graph, batches[8:], 16, recipe, learned, 2e-3, args.steps or 60, end=0.25)
-            row["coherence midway"] = coherence(recipe.tau(0.25))
+            row["coherence midway"] = coherence(gradients(recipe.tau(0.25)))
             direction, losses = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights], []
             with torch.no_grad():
                 for _ in range(21):  # twenty steps of 1 % of the weights' norm

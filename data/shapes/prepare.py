@@ -167,8 +167,8 @@ def prepare(splits=SPLITS):
             try:
                 (FOLDER / split).mkdir(exist_ok=True)
             except OSError as e:
-                raise InputError(f"{FOLDER / split}: cannot be made ({e.strerror}); copy this code to a folder that you "
-                                 "can write to") from None
+                raise InputError(f"{FOLDER / split}: cannot be made ({e.strerror}); copy this code to a folder "
+                                 "that you can write to") from None
             write(FOLDER / name, image)
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
-from data.files import write
+from data.files import cli, write
 from data.processes import Processes
 from data.run import Run
 from data.shapes.prepare import (COLORS, FOLDER, NUMBERS, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape,
@@ -148,7 +148,7 @@ def cosine(optimizer, step, steps, lr, warmup=100):
 def steps_of(out, name, steps, learned, optimizer):
     """The steps that are left of a stage, whose checkpoint is in out/name: a killed run resumes."""
     there = (out / name / "checkpoint.safetensors").exists()
-    run = Run(out / name, {"steps": steps, "batch": 1}, Processes("cpu"), resume=there)
+    run = Run(out / name, {"batch": 1}, Processes("cpu"), resume=there)
     run.hold(learned, optimizer, {})
     return run.steps(steps, save_every=200)
 
@@ -279,7 +279,7 @@ def train_language(out, model, tokenizer, X, scenes, regions, steps, held_out=20
             tqdm.write(f"step {step + 1} loss {loss:.4f} K {K} " + accuracy(torch.arange(len(scenes))[-held_out:]))
 
 
-if __name__ == "__main__":
+def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
     ap.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints, from which a "
@@ -307,3 +307,7 @@ if __name__ == "__main__":
                for name, t in load_file(args.out / "model.safetensors").items()}
     write(args.out / "model.safetensors", weights, {"format": "pt"})
     print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
