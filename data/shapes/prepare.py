@@ -9,18 +9,17 @@ Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
     validation/*.jpg, validation.jsonl   200 other scenes with five questions each; every choice is made on these
     test/*.jpg, test.jsonl               500 other scenes with five questions each; reported, and chose nothing
     examples/*.jpg                       6 scenes to try infer.py on; these are in git, the rest is not
-
-Question files are in LLaVA's evaluation format plus `label` and `category`. No pruner ever trains on them.
 """
 import colorsys
 import math
 import random
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from data.files import InputError, cli, write
+from data.files import cli, write
 
 FOLDER = Path(__file__).resolve().parent
 SIZE = 96  # pixels a side: 12 x 12 = 144 patches of 8
@@ -49,14 +48,12 @@ def place_objects(rng):
         tries += 1
         if tries % 200 == 0:
             objects = []  # the first ones left no room
-        r = rng.uniform(9, 16)
+        r = rng.uniform(12, 17.5)
         x, y = rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)
-        if min(abs(x - SIZE / 2), abs(y - SIZE / 2)) < 6:
-            continue
-        if any(math.hypot(x - o["x"], y - o["y"]) < r + o["r"] + 3 for o in objects):
-            continue
-        place = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)]
-        objects.append(dict(shape=shapes[len(objects)], color=colors[len(objects)], place=place, x=x, y=y, r=r))
+        clear = min(abs(x - SIZE / 2), abs(y - SIZE / 2)) >= 6
+        if clear and all(math.hypot(x - o["x"], y - o["y"]) >= r + o["r"] + 3 for o in objects):
+            place, i = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)], len(objects)
+            objects.append(dict(shape=shapes[i], color=colors[i], place=place, x=x, y=y, r=r))
     return objects
 
 
@@ -164,11 +161,8 @@ def prepare(splits=SPLITS):
         image, objects = draw_scene(f"{split}-{i}")  # a seed of its own for each scene: the splits are disjoint
         rng = random.Random(f"text-{split}-{i}")
         if not (FOLDER / name).exists():
-            try:
+            with suppress(OSError):  # where a folder cannot be made, write() says so
                 (FOLDER / split).mkdir(exist_ok=True)
-            except OSError as e:
-                raise InputError(f"{FOLDER / split}: cannot be made ({e.strerror}); copy this code to a folder "
-                                 "that you can write to") from None
             write(FOLDER / name, image)
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))

@@ -3,8 +3,7 @@ Train the tiny LLaVA of the embedded default from nothing, on two CPU cores.
 
     python -m data.shapes.pretrain         # writes data/shapes/llava/, in the llava-hf format; resumes if killed
 
-This is data, not method: it stands in for `llava-hf/llava-1.5-7b-hf`, which nobody wants to download to see an idea
-work. Its product is committed; run this only to change it. Two stages, because end to end from scratch stalls:
+This is data, not method: its product is committed. Two stages, because end to end from scratch stalls:
 
   1. The vision tower alone (CLIP, with a class token). Every patch tells its shape, colour, quadrant and own pixels;
      the class token tells what is in the picture, so that its attention means something.
@@ -22,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -32,44 +32,32 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 from data.files import cli, write
 from data.processes import Processes
 from data.run import Run
-from data.shapes.prepare import (COLORS, FOLDER, NUMBERS, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape,
-                                 questions)
+from data.shapes.prepare import COLORS, FOLDER, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape, questions
 
 PATCH = 8
 GRID = SIZE // PATCH  # 12 patches a side
 N = GRID * GRID
 CAPTION_PROMPT = "Describe the image."
-
-# llava-hf/llava-1.5-7b-hf's own chat template: USER: <image>\n{question} ASSISTANT: {answer}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+CHAT_TEMPLATE = FOLDER / "llava/chat_template.jinja"  # llava-hf/llava-1.5-7b-hf's own: USER: … ASSISTANT: …
 
 
 def build_processor():
     """Byte-level BPE tokenizer (any text can be encoded) with CLIP's image processor, as one LlavaProcessor."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = []
+    tokenizer, texts = ByteLevelBPETokenizer(), []
     for i in range(3000):
         _, objects = draw_scene(f"tokenizer-{i}")
         rng = random.Random(i)
-        texts.append(f"USER: \n{CAPTION_PROMPT} ASSISTANT: {caption(objects, rng)}")
-        texts += [f"USER: \n{q} ASSISTANT: {a}" for _, q, a in questions(objects, rng)]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                   pad_token="<pad>", padding_side="left", model_max_length=1024,
+        said = [(CAPTION_PROMPT, caption(objects, rng)), *(q[1:] for q in questions(objects, rng))]
+        texts += [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in said]
+    tokenizer.train_from_iterator(texts, vocab_size=512, min_frequency=0, show_progress=False,
+                                  special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>", pad_token="<pad>", padding_side="left", model_max_length=1024,
                                    extra_special_tokens={"image_token": "<image>"})
     images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     return LlavaProcessor(images, fast, patch_size=PATCH, vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
+                          num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE.read_text())
 
 
 def build_model(tokenizer):
@@ -84,123 +72,90 @@ def build_model(tokenizer):
         image_seq_length=N, vision_feature_layer=-2, vision_feature_select_strategy="default"))
 
 
-def draw_scenes(n, name):
-    """Draw n scenes. Returns (pictures as uint8 (n, 3, 96, 96), objects of each)."""
-    pixels, scenes = torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8), []
-    for i in tqdm(range(n), desc=f"drawing {name}", dynamic_ncols=True):
-        image, objects = draw_scene(f"{name}-{i}")
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=92)  # the files on disk went through JPEG too
-        image = Image.open(file).convert("RGB")
-        pixels[i] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+def scenes_to_learn(n, image_processor):
+    """Draw n scenes: pictures (n, 3, 96, 96) as the processor gives them, the objects of each, and labels.
+
+    These are (n, 4, 144): each patch's shape, colour and object, 0 for background, and quadrant (its object's or own).
+    """
+    pixels, scenes, half = torch.empty(n, 3, SIZE, SIZE, dtype=torch.half), [], torch.arange(GRID) // (GRID // 2)
+    labels = torch.zeros(n, 4, N, dtype=torch.uint8)
+    labels[:, 3] = (2 * half[:, None] + half).flatten()
+    for i in tqdm(range(n), desc="drawing scenes", dynamic_ncols=True):
+        (image, objects), file = draw_scene(f"pretrain-{i}"), io.BytesIO()
+        image.save(file, "JPEG", quality=92)  # the files on disk went through JPEG, too
+        pixels[i] = image_processor(Image.open(file), return_tensors="pt").pixel_values[0]
         scenes.append(objects)
-    return pixels, scenes
-
-
-def normalise(pixels, image_processor):
-    """uint8 (B, 3, H, W) -> what the image processor makes of the same picture."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
-    return (pixels / 255 - mean) / std
-
-
-def features(tower, shown):
-    """What LLaVA reads: hidden_states[-2] with the class token, (B, 145, 128). The last block is never used."""
-    x = tower.pre_layrnorm(tower.embeddings(shown))
-    for block in tower.encoder.layers[:-1]:
-        x = block(x, None)
-    return x
-
-
-def patch_labels(objects):
-    """Dense labels (4, 144): shape, colour and object (0 is background); quadrant (the object's, or the patch's)."""
-    labels = torch.zeros(4, GRID, GRID, dtype=torch.uint8)
-    half = torch.arange(GRID) // (GRID // 2)
-    labels[3] = 2 * half[:, None] + half[None, :]
-    for number, o in enumerate(objects, 1):
-        mask = Image.new("L", (SIZE, SIZE))
-        draw_shape(ImageDraw.Draw(mask), o["shape"], o["x"], o["y"], o["r"], 255)
-        covered = mask.resize((GRID, GRID), Image.Resampling.BOX)
-        covered = torch.frombuffer(bytearray(covered.tobytes()), dtype=torch.uint8).view(GRID, GRID) > 64
-        for row, value in enumerate((1 + SHAPES.index(o["shape"]), 1 + list(COLORS).index(o["color"]), number,
-                                     PLACES.index(o["place"]))):
-            labels[row][covered] = value
-    return labels.flatten(1)
+        for number, o in enumerate(objects, 1):
+            mask = Image.new("L", (SIZE, SIZE))
+            draw_shape(ImageDraw.Draw(mask), o["shape"], o["x"], o["y"], o["r"], 255)
+            covered = torch.tensor(list(mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes())) > 64  # (144,)
+            told = [1 + SHAPES.index(o["shape"]), 1 + list(COLORS).index(o["color"]), number, PLACES.index(o["place"])]
+            labels[i, :, covered] = torch.tensor(told, dtype=torch.uint8)[:, None]
+    return pixels, scenes, labels
 
 
 def content(objects):
     """What the class token must tell (54,): which colour has which shape, which shape is where, and how many."""
-    pairs, places, number = torch.zeros(6, 5), torch.zeros(5, 4), torch.zeros(len(NUMBERS) - 1)
+    told = torch.zeros(54)
     for o in objects:
         shape = SHAPES.index(o["shape"])
-        pairs[list(COLORS).index(o["color"]), shape] = 1
-        places[shape, PLACES.index(o["place"])] = 1
-    number[len(objects) - 1] = 1
-    return torch.cat([pairs.flatten(), places.flatten(), number])
+        told[5 * list(COLORS).index(o["color"]) + shape] = 1
+        told[30 + 4 * shape + PLACES.index(o["place"])] = 1
+    told[49 + len(objects)] = 1
+    return told
 
 
-def cosine(optimizer, step, steps, lr, warmup=100):
-    """Linear warm-up, then a cosine to zero."""
-    scale = min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * scale
-
-
-def steps_of(out, name, steps, learned, optimizer):
-    """The steps that are left of a stage, whose checkpoint is in out/name: a killed run resumes."""
-    there = (out / name / "checkpoint.safetensors").exists()
-    run = Run(out / name, {"batch": 1}, Processes("cpu"), resume=there)
+def descend(folder, learned, loss_at, steps, lr, weight_decay):
+    """Minimise loss_at(step) by AdamW: linear warm-up, then a cosine to zero. A killed run resumes from its folder."""
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    run = Run(folder, {"batch": 1}, Processes("cpu"), resume=(folder / "checkpoint.safetensors").exists())
     run.hold(learned, optimizer, {})
-    return run.steps(steps, save_every=200)
+    for step in run.steps(steps, save_every=200):
+        torch.manual_seed(step)
+        random.seed(step)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
+        optimizer.step()
+        run.bar.set_postfix(stage=folder.name, loss=f"{loss:.3f}")
 
 
-def train_vision(out, tower, image_processor, pixels, scenes, labels, steps, batch=48, lr=1.5e-3):
+def train_vision(folder, tower, pixels, scenes, labels, steps, batch=48):
     """Stage 1: the tower learns what stands where, patch by patch, and in its class token what there is."""
     told = torch.stack([content(objects) for objects in scenes])  # (scenes, 54)
     sizes = {"shape": 1 + len(SHAPES), "color": 1 + len(COLORS), "where": len(PLACES)}
     heads = nn.ModuleDict({name: nn.Linear(128, n) for name, n in sizes.items()} | {
         "pixels": nn.Linear(128, 3 * PATCH * PATCH), "content": nn.Linear(128, told.shape[1])})
-    learned = nn.ModuleDict({"tower": tower, "heads": heads})
-    for p in (*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()):
-        p.requires_grad_(False)  # LLaVA reads the layer before
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, betas=(0.9, 0.98))
-    for step in steps_of(out, "vision", steps, learned, optimizer):
-        torch.manual_seed(step)
-        cosine(optimizer, step, steps, lr)
+
+    def loss_at(step):
         ix = torch.randint(len(scenes), (batch,))
         y = labels[ix].long()[:, [0, 1, 3]]  # (B, 3, 144)
         weight = 1 + 5 * (y[:, 0] > 0).float()
-        shown = normalise(pixels[ix], image_processor)
-        X = features(tower, shown)  # (B, 145, 128)
-        logits = [heads[name](X[:, 1:]) for name in sizes]
-        dense = sum((F.cross_entropy(z.mT, y[:, k], reduction="none") * weight).mean() for k, z in enumerate(logits))
+        shown = pixels[ix].float()
+        X = tower(shown, output_hidden_states=True).hidden_states[-2]  # (B, 145, 128), what LLaVA reads
+        dense = 0.0
+        for k, name in enumerate(sizes):
+            dense += (F.cross_entropy(heads[name](X[:, 1:]).mT, y[:, k], reduction="none") * weight).mean()
         own = F.mse_loss(heads["pixels"](X[:, 1:]), F.unfold(shown, PATCH, stride=PATCH).mT)
-        cls = F.binary_cross_entropy_with_logits(heads["content"](X[:, 0]), told[ix])
-        loss = dense + 2 * own + 10 * cls
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            on = y[:, 0] > 0
-            right = {name: f"{(z.argmax(-1) == y[:, k])[on].float().mean():.3f}"
-                     for k, (name, z) in enumerate(zip(sizes, logits))}
-            tqdm.write(f"step {step} loss {loss:.3f} own {own:.3f} cls {cls:.3f} {right}")
+        return dense + 2 * own + 10 * F.binary_cross_entropy_with_logits(heads["content"](X[:, 0]), told[ix])
+
+    descend(folder, nn.ModuleDict({"tower": tower, "heads": heads}), loss_at, steps, lr=1.5e-3, weight_decay=0.01)
 
 
 def pack(objects, tokenizer, rng, start):
-    """All texts of a scene that stand behind its image: (rows (4, T): id, segment, position, target; kinds).
+    """All texts of a scene that stand behind its image: (T, 4), a row for each token: id, segment, position, target.
 
     Each text is a segment of its own, whose positions begin at `start`; target is 1 where a token is of an answer.
     """
-    rows, kinds = [], []
-    texts = {("caption", CAPTION_PROMPT, caption(objects, rng))}
-    texts |= {q for _ in range(2) for q in questions(objects, rng)}
-    for segment, (kind, question, answer) in enumerate(sorted(texts)):
+    rows, texts = [], {("caption", CAPTION_PROMPT, caption(objects, rng))}
+    texts |= {*questions(objects, rng), *(questions(objects, rng)[-1] for _ in range(5))}  # 'exists' is learned last
+    for segment, (_, question, answer) in enumerate(sorted(texts)):
         asked = tokenizer(f"\n{question} ASSISTANT:", add_special_tokens=False).input_ids
         said = tokenizer(f" {answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         rows += [(i, segment, start + p, p >= len(asked)) for p, i in enumerate(asked + said)]
-        kinds.append(kind)
-    return torch.tensor(rows).T, kinds
+    return torch.tensor(rows)
 
 
 def subset(x, region, K):
@@ -223,90 +178,61 @@ def subset(x, region, K):
     return score.topk(K).indices.sort().values
 
 
-def train_language(out, model, tokenizer, X, scenes, regions, steps, held_out=200, batch=40, lr=2e-3):
+def train_language(folder, model, tokenizer, X, scenes, regions, steps, batch=40):
     """Stage 2: projector and Llama learn to caption and to answer, from all or some of the frozen features."""
     llama, projector = model.model.language_model, model.model.multi_modal_projector
     before = torch.tensor(tokenizer("USER: ").input_ids)  # what stands before the image
     packs = [pack(objects, tokenizer, random.Random(i), len(before) + N)
              for i, objects in enumerate(tqdm(scenes, desc="packing", dynamic_ncols=True))]
-    learned = nn.ModuleDict({"llama": llama, "projector": projector, "head": model.lm_head})
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
 
-    def logits_of(ix, K=N):
-        """Logits at the answers' tokens, those tokens, and (row, segment) of each; K visual tokens are seen."""
-        texts = pad_sequence([packs[i][0].T for i in ix], batch_first=True, padding_value=-1)  # (B, T, 4)
+    def loss_at(step):
+        K = round(8 * (N / 8) ** random.random()) if random.random() < 0.6 else N
+        ix = torch.randint(len(scenes), (batch,))
+        texts = pad_sequence([packs[i] for i in ix], batch_first=True, padding_value=-1)  # (B, T, 4)
         ids, segment, position, target = texts.unbind(-1)
         x = X[ix].float()  # (B, N, d)
-        every = torch.arange(N).expand(len(ix), -1)
-        keep = every if K == N else torch.stack([subset(xs, regions[i].long(), K) for xs, i in zip(x, ix)])  # (B, K)
+        keep = torch.stack([subset(xs, regions[i].long(), K) for xs, i in zip(x, ix)])  # (B, K)
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, d)
-        front, B, P = llama.embed_tokens(before).expand(len(ix), -1, -1), len(ix), len(before) + K
+        front, P = llama.embed_tokens(before).expand(batch, -1, -1), len(before) + K
         embeds = torch.cat([front, projector(x), llama.embed_tokens(ids.clamp_min(0))], 1)  # (B, L, D)
-        positions = torch.cat([torch.arange(len(before)).expand(B, -1), len(before) + keep, position.clamp_min(0)], 1)
+        early = torch.arange(len(before)).expand(batch, -1)
+        positions = torch.cat([early, len(before) + keep, position.clamp_min(0)], 1)  # (B, L)
         segments = F.pad(segment, (P, 0), value=-2)  # what every text sees
         seen = (segments[:, None] == -2) | (segments[:, None] == segments[:, :, None])  # (B, query, key)
         seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]  # (B, 1, L, L)
         hidden = llama(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state[:, P:]
         said = target[:, 1:] == 1  # by the state before it
-        places = zip(said.nonzero()[:, 0].tolist(), segment[:, 1:][said].tolist())
-        return model.lm_head(hidden[:, :-1][said]), ids[:, 1:][said], list(places)
+        return F.cross_entropy(model.lm_head(hidden[:, :-1][said]), ids[:, 1:][said])
 
-    @torch.no_grad()
-    def accuracy(ix):
-        """Share of texts whose every token is the arg-max, by kind: exactly what greedy decoding would get right."""
-        right = {}
-        for part in ix.split(50):
-            logits, ids, places = logits_of(part)
-            for ok, (b, s) in zip((logits.argmax(-1) == ids).tolist(), places):
-                right.setdefault((packs[part[b]][1][s], int(part[b]), s), []).append(ok)
-        kinds = sorted({kind for kind, *_ in right})
-        by = {kind: [all(ok) for text, ok in right.items() if text[0] == kind] for kind in kinds}
-        return " ".join(f"{kind} {sum(ok) / len(ok):.3f}" for kind, ok in by.items())
-
-    for step in steps_of(out, "language", steps, learned, optimizer):
-        torch.manual_seed(step)
-        random.seed(step)
-        cosine(optimizer, step, steps, lr)
-        K = round(8 * (N / 8) ** random.random()) if random.random() < 0.6 else N
-        logits, ids, _ = logits_of(torch.randint(len(scenes) - held_out, (batch,)), K)
-        loss = F.cross_entropy(logits, ids)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
-        optimizer.step()
-        if step % 200 == 199 or step == steps - 1:
-            tqdm.write(f"step {step + 1} loss {loss:.4f} K {K} " + accuracy(torch.arange(len(scenes))[-held_out:]))
+    learned = nn.ModuleDict({"llama": llama, "projector": projector, "head": model.lm_head})
+    descend(folder, learned, loss_at, steps, lr=2e-3, weight_decay=0.05)
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
-    ap.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints, from which a "
-                    "killed run resumes (%(default)s)")
-    ap.add_argument("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
-    ap.add_argument("--vision-steps", type=int, default=1300, help="steps of stage 1 (%(default)s)")
-    ap.add_argument("--language-steps", type=int, default=2200, help="steps of stage 2 (%(default)s)")
+    add = ap.add_argument
+    add("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
+    add("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints (%(default)s)")
+    add("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
+    add("--steps", type=int, nargs=2, default=[1300, 2400], help="of both stages (default: 1300 2400)")
     args = ap.parse_args()
     torch.manual_seed(0)
 
     processor = build_processor()
     model = build_model(processor.tokenizer)
     tower = model.model.vision_tower
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} words")
-    pixels, scenes = draw_scenes(args.scenes, "pretrain")
-    labels = torch.stack([patch_labels(objects) for objects in tqdm(scenes, desc="labels", dynamic_ncols=True)])
-    train_vision(args.work, tower, processor.image_processor, pixels, scenes, labels, args.vision_steps)
+    pixels, scenes, labels = scenes_to_learn(args.scenes, processor.image_processor)
+    train_vision(args.work / "vision", tower, pixels, scenes, labels, args.steps[0])
     with torch.no_grad():
-        X = torch.cat([features(tower, normalise(p, processor.image_processor))[:, 1:].bfloat16()
+        X = torch.cat([tower(p.float(), output_hidden_states=True).hidden_states[-2][:, 1:].bfloat16()
                        for p in tqdm(pixels.split(64), desc="features", dynamic_ncols=True)])
-    train_language(args.work, model, processor.tokenizer, X, scenes, labels[:, 2], args.language_steps)
+    train_language(args.work / "language", model, processor.tokenizer, X, scenes, labels[:, 2], args.steps[1])
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     weights = {name.replace("vision_tower.", "vision_tower.vision_model."): t  # as llava-hf's are named on the hub
                for name, t in load_file(args.out / "model.safetensors").items()}
     write(args.out / "model.safetensors", weights, {"format": "pt"})
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
