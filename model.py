@@ -122,9 +122,9 @@ class VLM:
         layer = 2 * 4 * D + (4 * D + 3 * F) * size + 4 * c.num_attention_heads
         kept = L * (layers * D * size + layer if recompute else layers * layer)
         kept += 60 * N * self.width * size + 20 * c.vocab_size * (size + 8)  # scorer and denoiser; logits
-        frozen = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        # learned: weights, gradients and AdamW's two moments
-        return {"frozen": frozen, "learned": 16 * learned, "activations": B * kept}
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]  # a shard counts as such
+        frozen = sum(p.numel() * p.element_size() for p in own)
+        return {"frozen": frozen, "learned": 16 * learned, "activations": B * kept}  # 16: AdamW's moments, too
 
     def images_that_fit(self, learned, free_bytes, recompute=False):
         """How many images fit at once in what a device has free beside the frozen model; a tenth of it is a reserve."""

@@ -4,11 +4,10 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
     python train.py                            # the embedded default: a tiny LLaVA, minutes on two CPU cores
     python train.py --data captions_train2014.json --images train2014/      # LLaVA-1.5-7B, on a GPU
     torchrun --nproc_per_node 8 train.py --data …                           # the same on eight GPUs
-    python train.py --recipe papers                                         # to the letter of the papers
 
-No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed
-path: the chosen tokens stay, the rest is gone, without noise or denoiser. The bar shows its loss on held-out captions;
-with a question file the run ends with its accuracy, beside random tokens and a uniform grid.
+No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed path:
+the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; with a question file
+the run ends with its accuracy, beside random tokens and a uniform grid.
 
 Writes scorer.safetensors, pruner.json, log.jsonl, and a checkpoint from which --resume continues bit for bit.
 """
@@ -25,11 +24,11 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from data.arguments import add_training_arguments, check_texts, check_training
-from data.budget import hardness_of, quantiles, real_tokens
+from data.budget import hardness_of, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
 from data.files import cli, portable, rounded
 from data.processes import Processes
-from data.pruner import choose_by
+from data.pruner import choose_by, thresholds
 from data.questions import read_questions
 from data.run import Run
 from data.shapes.prepare import FOLDER, prepare
@@ -125,8 +124,7 @@ def held_out_losses(graph, batches, K, tau, recipe, processes):
         soft, hard = (forward(*graph, inputs, noise, K, t, recipe)[0] for t in (tau, 1e-9))
         sums += torch.stack([full, soft, hard, deployed, torch.ones_like(full)]) * words_in(inputs)
     processes.sum(sums)
-    full, soft, hard, deployed = (sums[:4] / sums[4]).tolist()
-    return {"full_loss": full, "soft_loss": soft, "hard_loss": hard, "deployed_loss": deployed}
+    return dict(zip(("full_loss", "soft_loss", "hard_loss", "deployed_loss"), (sums[:4] / sums[4]).tolist()))
 
 
 def train(args, recipe=None):
@@ -134,19 +132,19 @@ def train(args, recipe=None):
     recipe, processes = recipe or RECIPES[args.recipe], Processes(args.device)
 
     # data: pictures with captions; some are held out, to see the deployed loss on
-    if processes.first and not args.data:
-        prepare()
-    processes.wait()
+    if not args.data:
+        processes.once(prepare)
     data = args.data or FOLDER / "train.json"
-    asked = args.questions or ("none" if args.data else FOLDER / "test.jsonl")
-    questions = [] if asked == "none" else read_questions(asked, args.images)
+    questions = [] if args.questions == "none" else read_questions(args.questions, args.images)
     training, held_out = split(read_coco(data, args.images), args.seed)
-    settings = {"data": portable(data), "model": portable(args.model), "keep": str(args.keep), "recipe": args.recipe,
-                "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed, "dtype": args.dtype}
+    settings = {name: getattr(args, name) for name in ("recipe", "steps", "batch", "lr", "seed", "dtype")}
+    settings |= {"data": portable(data), "model": portable(args.model), "keep": str(args.keep)}
     run = Run(args.out, settings, processes, args.resume, args.overwrite)
 
     # the frozen VLM, and the two modules that learn
-    vlm = load(args.model, processes.device, DTYPES[args.dtype])
+    vlm = load(args.model, "cpu" if args.shard else processes.device, DTYPES[args.dtype])
+    if args.shard:
+        processes.shard(vlm)
     check_texts(vlm, data, training + held_out, PROMPT, questions)
     if args.checkpointing:
         vlm.recompute()
@@ -159,7 +157,7 @@ def train(args, recipe=None):
     optimizer = torch.optim.AdamW(learned, lr=base_lr)
     processes.say(f"{args.model}: {vlm.tokens or 'a varying number of'} visual tokens, keep {keep}; {len(training)} "
                   f"images to learn from, {len(held_out)} held out")
-    at_once, parts = processes.plan(vlm, sum(p.numel() for p in learned), args.batch, args.at_once, args.checkpointing)
+    at_once, parts = processes.plan(vlm, sum(p.numel() for p in learned), args)
 
     def batches(data, *ranges):
         """(inputs, noise) for these ranges of sample numbers, as many at a time as fit."""
@@ -177,6 +175,7 @@ def train(args, recipe=None):
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
     todo = batches(Captions(training, args.seed), *mine)
+    watched = list(batches(Captions([(path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
 
     for step in run.steps(args.steps, args.save_every):
         # schedules
@@ -184,16 +183,20 @@ def train(args, recipe=None):
         K = keep.times(recipe.spread ** random.Random(f"{args.seed} budget {step}").uniform(-1, 1))
         optimizer.param_groups[0]["lr"] = lr
 
+        if watched and step % max(1, args.steps // 40) == 0:
+            with torch.no_grad():
+                run.watch(step, tau, args.watch, [forward(*graph, *b, keep, tau, recipe)[1] for b in watched])
+
         # forward and backward, part by part
         totals = torch.zeros(3, device=vlm.model.device)
         for inputs, noise in islice(todo, parts):
-            loss, alpha = forward(*graph, inputs, noise, K, tau, recipe)
-            words = words_in(inputs)
+            (loss, alpha), words = forward(*graph, inputs, noise, K, tau, recipe), words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             hardness = hardness_of(alpha.detach(), K.of(real_tokens(alpha, inputs.get("valid"))))
             totals += torch.stack([loss.detach() * words, words, hardness.sum()])
         processes.sum(totals, *(p.grad for p in learned))
         loss, words, hardness = totals.tolist()
+        loss, hardness = loss / words, hardness / args.batch
 
         # one step of AdamW
         for p in learned:
@@ -205,28 +208,25 @@ def train(args, recipe=None):
 
         # now and then: evaluate on the deployed path, log, keep the best
         if step % args.eval_every == 0 or step == args.steps - 1:
-            some = batches(Captions(held_out), processes.share(range(len(held_out))))
+            some = batches(Captions(held_out), processes.share(range(len(held_out)), even=args.shard))
             losses = held_out_losses(graph, some, keep, tau, recipe, processes)
             run.check_finite(step, sum(losses.values()))
-            run.log({"step": step, "tau": tau, "lr": lr, "loss": loss / words, **losses,
-                     "hardness": hardness / args.batch})
+            run.log({"step": step, "tau": tau, "lr": lr, "loss": loss, **losses, "hardness": hardness})
             if run.best(recipe.tau(1.0)) is run.curve[-1]:
                 run.write("scorer.safetensors", scorer.state_dict())
-        run.bar.set_postfix(loss=f"{loss / words:.3f}", pruned=f"{run.curve[-1]['deployed_loss']:.3f}",
-                            hardness=f"{hardness / args.batch:.2f}")
+        pruned = run.curve[-1]["deployed_loss"]
+        run.bar.set_postfix(loss=f"{loss:.3f}", pruned=f"{pruned:.3f}", hardness=f"{hardness:.2f}")
 
     # the thresholds that make a budget hold on average, and what all of it is worth
     made = {"model": portable(args.model), "width": vlm.width, "tokens": vlm.tokens, "keep": str(keep),
             "choose": recipe.choose, "settings": settings, "best": run.best(recipe.tau(1.0)), "seconds": run.seconds()}
     if processes.first:
         scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
-        with torch.no_grad():
-            z = [standardised(scorer(vlm.encode(inputs).float(), inputs.get("valid"))).flatten()
-                 for inputs, _ in batches(Captions(held_out), range(len(held_out)))]
-        made |= {"thresholds": {"images": len(held_out), **quantiles(torch.cat(z))}, "finished": True}
+        every = batches(Captions(held_out), range(len(held_out)))
+        made |= {"thresholds": thresholds(vlm, scorer, every), "finished": True}
         run.write("pruner.json", rounded(made))
-        if questions:
-            table = accuracy_table(vlm, scorer, made, questions, [keep])
+        if questions and not args.shard:
+            table = accuracy_table(vlm, scorer, made, questions, [keep], seeds=1)
             full, pruned = table[f"all {vlm.tokens or ''}".strip()], table[f"scorer {keep}"]
             made |= {"retention": retention(pruned, full), "by_category": table}
     return made

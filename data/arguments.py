@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.budget import Budget
 from data.files import InputError
+from data.shapes.prepare import FOLDER
 
 
 def add_training_arguments(ap, recipes):
@@ -36,6 +37,10 @@ def add_training_arguments(ap, recipes):
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--at-once", type=int, metavar="N", help="images in memory at a time (default: as many as fit)")
     add("--checkpointing", action="store_true", help="compute activations twice: slower, but far less memory")
+    add("--shard", action="store_true", help="split the frozen LLM over torchrun's processes, for a model larger than "
+        "a card; --batch must divide by their number, and there is no closing table")
+    add("--watch", nargs="+", type=Path, default=[], metavar="IMG", help="pictures whose alpha is recorded in "
+        "watched.json as training goes on; python -m results.draw training makes a moving picture of it")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations on held-out captions (default: a "
         "twentieth of all, and at least 50)")
     add("--save-every", type=int, default=100, metavar="STEPS", help="steps between checkpoints (default: %(default)s)")
@@ -53,6 +58,7 @@ def check_training(args):
     if args.keep.average:
         raise InputError(f"--keep {args.keep}: training keeps exactly as many in each picture; leave ~ out, and give "
                          "it at inference")
+    args.questions = args.questions or ("none" if args.data else FOLDER / "test.jsonl")
     args.model = args.model or ("llava-hf/llava-1.5-7b-hf" if args.data else "data/shapes/llava")
     args.steps = (4000 if args.data else 300) if args.steps is None else args.steps
     args.eval_every = max(50, args.steps // 20) if args.eval_every is None else args.eval_every

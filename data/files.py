@@ -73,7 +73,7 @@ def read_image(source, processor=None):
 
 def write(path, content, note=None):
     """Write tensors, JSON, a picture or else lines of JSON, by the name's ending. After a crash the old file or the new
-    one is there. Links are followed. note: a safetensors file's metadata."""
+    one is there. Links are followed. note: a safetensors file's metadata, or options of a picture."""
     place, kind = Path(os.path.realpath(path)), Path(path).suffix.lower()
     temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # unique: two runs may write the same file
     try:
@@ -81,8 +81,8 @@ def write(path, content, note=None):
             raise OSError("it is no ordinary file")
         if kind == ".safetensors":
             save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
-        elif kind in (".png", ".jpg"):
-            content.save(temporary, "PNG" if kind == ".png" else "JPEG", quality=92)
+        elif kind in (".png", ".jpg", ".gif"):
+            content.save(temporary, {".png": "PNG", ".jpg": "JPEG"}.get(kind, "GIF"), quality=92, **(note or {}))
         elif kind == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         else:

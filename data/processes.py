@@ -10,6 +10,8 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from data.files import InputError
@@ -36,9 +38,9 @@ class Processes:
             dist.init_process_group("nccl" if gpu else "gloo")
             atexit.register(dist.destroy_process_group)
 
-    def share(self, samples):
-        """This process's part of a range of sample numbers."""
-        return samples[self.rank::self.world]
+    def share(self, samples, even=False):
+        """This process's part of a range of sample numbers; `even` leaves some out, so that all have as many."""
+        return samples[self.rank:len(samples) // self.world * self.world if even else None:self.world]
 
     def sum(self, *tensors):
         """Each tensor becomes its sum over the processes."""
@@ -50,27 +52,50 @@ class Processes:
         for t in tensors if self.world > 1 else ():
             dist.broadcast(t.data, 0)
 
+    def once(self, work):
+        """Run work() in the first process; the others wait for it."""
+        if self.first:
+            work()
+        self.wait()
+
     def wait(self):
         self.sum(torch.zeros(1, device=self.device))
+
+    def shard(self, vlm):
+        """Split the weights of each frozen decoder layer over the processes (FSDP2): a model larger than a card fits.
+
+        A layer is gathered while it runs, so every process must run the same number of forward passes.
+        """
+        mesh = init_device_mesh(self.device.partition(":")[0], (self.world,))
+        for layer in vlm.model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)  # moves it to the device, too
+        vlm.model.to(self.device)
 
     def say(self, text):
         if self.first:
             tqdm.write(text, file=sys.stderr)
 
-    def plan(self, vlm, learned, batch, at_once=None, recompute=False):
+    def plan(self, vlm, learned, args):
         """(images at a time, parts of a step) for this process's share of a batch; says in plain words which."""
+        batch, recompute = args.batch, args.checkpointing
         if batch < self.world:
             raise InputError(f"--batch {batch}: is fewer than the {self.world} processes; raise it")
+        if args.shard and batch % self.world:
+            raise InputError(f"--batch {batch}: --shard needs a multiple of the {self.world} processes")
         share = len(self.share(range(batch)))
         if self.device.startswith("cuda"):
             free, total = torch.cuda.mem_get_info(self.device)
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        fit = at_once or vlm.images_that_fit(learned, free, recompute)
+        fit = args.at_once or vlm.images_that_fit(learned, free, recompute)
         if not fit:
             raise InputError("not one image fits beside this model; try --checkpointing, or --dtype bfloat16")
         fit = min(share, fit)
+        if self.world > 1:  # the process with the least room decides for all
+            least = torch.tensor(fit, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            fit = least.item()
         planned = vlm.memory(learned, fit, recompute)
         parts = -(-share // fit)
         self.say(f"{learned:,} parameters learn; {fit} images at a time, {parts} times a step: about "

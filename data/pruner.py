@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.budget import Budget, count_above, real_tokens
+from data.budget import Budget, count_above, quantiles, real_tokens
 from data.files import ROOT, InputError, short
 from throttler import Scorer, select, select_diverse, standardised
 
@@ -58,6 +58,13 @@ def load_pruner(folder):
         raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner ({short(e)}); give a "
                          "folder that train.py wrote") from None
     return scorer.float().eval().requires_grad_(False), {**settings, "folder": folder}
+
+
+@torch.no_grad()
+def thresholds(vlm, scorer, batches):
+    """The table that says above which T a budget ~K holds on average, from the scores of these batches' images."""
+    z = [standardised(scorer(vlm.encode(inputs).float(), inputs.get("valid"))) for inputs, _ in batches]
+    return {"images": sum(map(len, z)), **quantiles(torch.cat([scores.flatten() for scores in z]))}
 
 
 def threshold_of(budget, settings, N):

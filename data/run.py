@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.files import InputError, rounded, short, write
+from data.files import InputError, portable, rounded, short, write
 
 
 class Run:
@@ -31,7 +31,7 @@ class Run:
     def __init__(self, folder, settings, processes, resume=False, overwrite=False):
         self.folder, self.processes, self.start = folder, processes, time.time()
         self.checkpoint, self.tensors = folder / "checkpoint.safetensors", None
-        self.state = {"step": 0, "curve": [], "skipped": [], "seconds": 0.0}
+        self.state = {"step": 0, "curve": [], "skipped": [], "seconds": 0.0, "watched": []}
         there = [f for f in (self.checkpoint, folder / "pruner.json", folder / "scorer.safetensors") if f.exists()]
         if resume:
             self.tensors, self.state = read_checkpoint(self.checkpoint)
@@ -137,6 +137,12 @@ class Run:
         """Add an evaluation to the curve and to log.jsonl."""
         self.curve.append({**entry, "seconds": self.seconds()})
         self.write("log.jsonl", rounded(self.curve))
+
+    def watch(self, step, tau, images, alphas):
+        """Add to watched.json how the weights of some images' tokens stand: alphas, a list of (B, N)."""
+        alphas = [row.tolist() for alpha in alphas for row in alpha]
+        self.state["watched"].append(rounded({"step": step, "tau": tau, "alpha": alphas}))
+        self.write("watched.json", {"images": [portable(image) for image in images], "frames": self.state["watched"]})
 
     def write(self, name, content):
         if self.processes.first:

@@ -4,6 +4,7 @@ Draw the pictures again, from the code, the pruner that ships and the JSON files
     python -m results.draw                        # all of them, seconds
     python -m results.draw gate graphs            # only results/gate.png and results/graphs.png
     python -m results.draw losses --run out       # out/losses.png, from the log.jsonl of a training
+    python -m results.draw training --run out     # out/training.gif, of a training with --watch
 """
 import argparse
 import functools
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from data.budget import hardness_of
 from data.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart
 from data.files import ROOT, InputError, cli, read_image, write
 from data.pictures import frame, loss_chart, seen_by_model
@@ -196,6 +198,37 @@ def losses(run):
     print(f"wrote {run / 'losses.png'}")
 
 
+def training(run):
+    """Draw a training as a moving picture: each patch of the watched images as bright as its alpha."""
+    try:
+        watched, made = (json.loads((run / f"{name}.json").read_text()) for name in ("watched", "pruner"))
+        curve = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    except OSError as e:
+        raise InputError(f"{e.filename}: cannot be read ({e.strerror}); train with --watch, to the end") from None
+    vlm, pictures, frames, side = load(made["model"]), [], [], 144
+    for path in watched["images"]:
+        image = read_image(ROOT / path)
+        inputs = vlm.inputs([image], ["?"])
+        image = seen_by_model(vlm, inputs, image).resize((side, side), Image.Resampling.BICUBIC)
+        pictures.append((image, vlm.boxes(inputs)))
+    rows = math.ceil(len(pictures) / 3)
+    for at in watched["frames"]:
+        sheet, draw = canvas(3 * side + 40, rows * (side + 10) + 60)
+        for i, ((image, boxes), alpha) in enumerate(zip(pictures, at["alpha"])):
+            alpha = torch.tensor(alpha[:len(boxes)])
+            sheet.paste(frame(image, boxes, alpha), (10 + i % 3 * (side + 10), 10 + i // 3 * (side + 10)))
+        hardness = hardness_of(alpha[None], round(alpha.sum().item())).item()
+        loss = [entry["deployed_loss"] for entry in curve if entry["step"] <= at["step"]][-1]
+        y, width = rows * (side + 10) + 14, 3 * side + 20
+        draw.text((10, y), f"step {at['step']}   hardness {hardness:.2f}   loss when pruned {loss:.3f}", INK, font(18))
+        draw.rectangle((10, y + 28, 10 + width * at["step"] / curve[-1]["step"], y + 34), COLORS[0])
+        frames.append(sheet.quantize(48, dither=Image.Dither.NONE))
+    still = 12  # frames that the end stays
+    write(run / "training.gif", frames[0], dict(save_all=True, append_images=frames[1:] + frames[-1:] * still,
+                                                duration=150, loop=0))
+    print(f"wrote {run / 'training.gif'}")
+
+
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attention": attention, "graphs": graphs,
             "accuracy": accuracy, "speed": speed}
 
@@ -204,15 +237,16 @@ PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attent
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("names", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)} (default: all of these), or "
-                    "losses")
-    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR", help="losses: the training (default: out)")
+                    "losses or training")
+    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR", help="of losses, training (default: out)")
     args = ap.parse_args()
     for name in args.names or PICTURES:
-        if name == "losses":
-            losses(args.run)
+        if name in ("losses", "training"):
+            (losses if name == "losses" else training)(args.run)
             continue
         if name not in PICTURES:
-            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses")
+            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses, "
+                             "training")
         write(HERE / f"{name}.png", PICTURES[name]())
         print(f"wrote results/{name}")
 
