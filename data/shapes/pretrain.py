@@ -10,6 +10,7 @@ This is data, not method: its product is committed. Two stages, because end to e
   2. Projector and Llama on frozen features, by next-token loss on captions and answers. All texts of a scene are
      packed behind its image, but each sees only the image and itself, at the positions it would have alone.
      In most steps the LLM sees a subset of the visual tokens: a VLM that never missed a token cannot do without one.
+     The second round asks most for what is learned last: whether a thing of that colour and shape is there.
 """
 import argparse
 import io
@@ -144,13 +145,14 @@ def train_vision(folder, tower, pixels, scenes, labels, steps, batch=48):
     descend(folder, nn.ModuleDict({"tower": tower, "heads": heads}), loss_at, steps, lr=1.5e-3, weight_decay=0.01)
 
 
-def pack(objects, tokenizer, rng, start):
+def pack(objects, tokenizer, rng, start, exists):
     """All texts of a scene that stand behind its image: (T, 4), a row for each token: id, segment, position, target.
 
     Each text is a segment of its own, whose positions begin at `start`; target is 1 where a token is of an answer.
+    Beside the caption: two questions of each kind, or one of each and five more of 'exists'.
     """
-    rows, texts = [], {("caption", CAPTION_PROMPT, caption(objects, rng))}
-    texts |= {*questions(objects, rng), *(questions(objects, rng)[-1] for _ in range(5))}  # 'exists' is learned last
+    rows, texts = [], {("caption", CAPTION_PROMPT, caption(objects, rng)), *questions(objects, rng)}
+    texts |= {questions(objects, rng)[-1] for _ in range(5)} if exists else {*questions(objects, rng)}
     for segment, (_, question, answer) in enumerate(sorted(texts)):
         asked = tokenizer(f"\n{question} ASSISTANT:", add_special_tokens=False).input_ids
         said = tokenizer(f" {answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
@@ -164,25 +166,23 @@ def subset(x, region, K):
     A third each. Uniform; along a random direction of the features, whatever that prefers; or object by object, each
     thinned at its own rate but none emptied. With uniform ones alone the LLM counts by the mass of object tokens.
     """
-    gumbel, kind = -(-torch.rand(N).clamp_min(1e-9).log()).log(), random.randrange(3)
-    score = gumbel
+    score, kind = -(-torch.rand(N).clamp_min(1e-9).log()).log(), random.randrange(3)  # Gumbel noise
     if kind == 1:
         z = ((x - x.mean(0)) / (x.std(0) + 1e-3)) @ torch.randn(x.shape[1])
-        score = gumbel + (z - z.mean()) / z.std() * math.exp(random.uniform(math.log(0.5), math.log(4)))
+        score += (z - z.mean()) / z.std() * math.exp(random.uniform(math.log(0.5), math.log(4)))
     elif kind == 2:
-        score = gumbel + (2 * torch.randn(int(region.max()) + 1))[region]
-        for o in range(1, int(region.max()) + 1):
+        score += (2 * torch.randn(int(region.max()) + 1))[region]
+        for o in region[region > 0].unique():
             mine = (region == o).nonzero()[:, 0]
-            if len(mine):
-                score[mine[score[mine].argmax()]] = torch.inf
+            score[mine[score[mine].argmax()]] = torch.inf
     return score.topk(K).indices.sort().values
 
 
-def train_language(folder, model, tokenizer, X, scenes, regions, steps, batch=40):
+def train_language(folder, model, tokenizer, X, scenes, regions, steps, exists, batch=40):
     """Stage 2: projector and Llama learn to caption and to answer, from all or some of the frozen features."""
     llama, projector = model.model.language_model, model.model.multi_modal_projector
     before = torch.tensor(tokenizer("USER: ").input_ids)  # what stands before the image
-    packs = [pack(objects, tokenizer, random.Random(i), len(before) + N)
+    packs = [pack(objects, tokenizer, random.Random(i), len(before) + N, exists)
              for i, objects in enumerate(tqdm(scenes, desc="packing", dynamic_ncols=True))]
 
     def loss_at(step):
@@ -195,8 +195,7 @@ def train_language(folder, model, tokenizer, X, scenes, regions, steps, batch=40
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, d)
         front, P = llama.embed_tokens(before).expand(batch, -1, -1), len(before) + K
         embeds = torch.cat([front, projector(x), llama.embed_tokens(ids.clamp_min(0))], 1)  # (B, L, D)
-        early = torch.arange(len(before)).expand(batch, -1)
-        positions = torch.cat([early, len(before) + keep, position.clamp_min(0)], 1)  # (B, L)
+        positions = torch.cat([torch.arange(len(before)).expand(batch, -1), len(before) + keep, position.clamp_min(0)], 1)
         segments = F.pad(segment, (P, 0), value=-2)  # what every text sees
         seen = (segments[:, None] == -2) | (segments[:, None] == segments[:, :, None])  # (B, query, key)
         seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
@@ -215,7 +214,7 @@ def main():
     add("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
     add("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints (%(default)s)")
     add("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
-    add("--steps", type=int, nargs=2, default=[1300, 2400], help="of both stages (default: 1300 2400)")
+    add("--steps", type=int, nargs=3, default=[1300, 2200, 1200], help="of stage 1, and of both rounds of stage 2")
     args = ap.parse_args()
     torch.manual_seed(0)
 
@@ -227,7 +226,8 @@ def main():
     with torch.no_grad():
         X = torch.cat([tower(p.float(), output_hidden_states=True).hidden_states[-2][:, 1:].bfloat16()
                        for p in tqdm(pixels.split(64), desc="features", dynamic_ncols=True)])
-    train_language(args.work / "language", model, processor.tokenizer, X, scenes, labels[:, 2], args.steps[1])
+    for name, steps in zip(("language", "exists"), args.steps[1:]):
+        train_language(args.work / name, model, processor.tokenizer, X, scenes, labels[:, 2], steps, name == "exists")
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     weights = {name.replace("vision_tower.", "vision_tower.vision_model."): t  # as llava-hf's are named on the hub
