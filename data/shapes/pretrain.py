@@ -195,7 +195,7 @@ def train_language(folder, model, tokenizer, X, scenes, regions, steps, exists, 
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, d)
         front, P = llama.embed_tokens(before).expand(batch, -1, -1), len(before) + K
         embeds = torch.cat([front, projector(x), llama.embed_tokens(ids.clamp_min(0))], 1)  # (B, L, D)
-        positions = torch.cat([torch.arange(len(before)).expand(batch, -1), len(before) + keep, position.clamp_min(0)], 1)
+        positions = torch.cat([torch.arange(len(before)).expand(batch, -1), len(before) + keep, position], 1)  # (B, L)
         segments = F.pad(segment, (P, 0), value=-2)  # what every text sees
         seen = (segments[:, None] == -2) | (segments[:, None] == segments[:, :, None])  # (B, query, key)
         seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
