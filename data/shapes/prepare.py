@@ -48,7 +48,7 @@ def place_objects(rng):
         tries += 1
         if tries % 200 == 0:
             objects = []  # the first ones left no room
-        r = rng.uniform(12, 17.5)
+        r = rng.uniform(11, 17)
         x, y = rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)
         clear = min(abs(x - SIZE / 2), abs(y - SIZE / 2)) >= 6
         if clear and all(math.hypot(x - o["x"], y - o["y"]) >= r + o["r"] + 3 for o in objects):
