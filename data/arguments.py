@@ -25,7 +25,7 @@ def add_training_arguments(ap, recipes):
     add("--keep", default="11.1%", metavar="K", help="tokens to keep: a number, or a share (default: 11.1%%, which is "
         "64 of LLaVA-1.5's 576)")
     add("--recipe", choices=recipes, default="ours", help="ours, or the papers' to the letter (default: %(default)s)")
-    add("--steps", type=int, help="training steps (default: 4000; without --data 300)")
+    add("--steps", type=int, help="training steps (default: 4000; without --data 200)")
     add("--batch", type=int, default=32, help="images a step, over all processes (default: %(default)s)")
     add("--lr", type=float, help="AdamW's learning rate at the start (default: the papers' 2e-4 for a scorer 1024 "
         "wide, more for a narrower one)")
@@ -42,7 +42,7 @@ def add_training_arguments(ap, recipes):
     add("--watch", nargs="+", type=Path, default=[], metavar="IMG", help="pictures whose alpha is recorded in "
         "watched.json as training goes on; python -m results.draw training makes a moving picture of it")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations on held-out captions (default: a "
-        "twentieth of all, and at least 50)")
+        "twentieth of all, and at least 100)")
     add("--save-every", type=int, default=100, metavar="STEPS", help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=max(0, min(4, (os.cpu_count() or 1) // 2 - 1)), metavar="N",
         help="processes that read pictures (default here: %(default)s)")
@@ -60,8 +60,8 @@ def check_training(args):
                          "it at inference")
     args.questions = args.questions or ("none" if args.data else FOLDER / "test.jsonl")
     args.model = args.model or ("llava-hf/llava-1.5-7b-hf" if args.data else "data/shapes/llava")
-    args.steps = (4000 if args.data else 300) if args.steps is None else args.steps
-    args.eval_every = max(50, args.steps // 20) if args.eval_every is None else args.eval_every
+    args.steps = (4000 if args.data else 200) if args.steps is None else args.steps
+    args.eval_every = max(100, args.steps // 20) if args.eval_every is None else args.eval_every
     for name in ("steps", "batch", "lr", "at_once", "eval_every", "save_every"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

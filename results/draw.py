@@ -205,14 +205,14 @@ def training(run):
         curve = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror}); train with --watch, to the end") from None
-    vlm, pictures, frames, side = load(made["model"]), [], [], 144
+    vlm, pictures, frames, side = load(made["model"]), [], [], 112
     for path in watched["images"]:
         image = read_image(ROOT / path)
         inputs = vlm.inputs([image], ["?"])
         image = seen_by_model(vlm, inputs, image).resize((side, side), Image.Resampling.BICUBIC)
         pictures.append((image, vlm.boxes(inputs)))
     rows = math.ceil(len(pictures) / 3)
-    for at in watched["frames"]:
+    for at in watched["frames"][::2]:
         sheet, draw = canvas(3 * side + 40, rows * (side + 10) + 60)
         for i, ((image, boxes), alpha) in enumerate(zip(pictures, at["alpha"])):
             alpha = torch.tensor(alpha[:len(boxes)])
@@ -220,12 +220,15 @@ def training(run):
         hardness = hardness_of(alpha[None], round(alpha.sum().item())).item()
         loss = [entry["deployed_loss"] for entry in curve if entry["step"] <= at["step"]][-1]
         y, width = rows * (side + 10) + 14, 3 * side + 20
-        draw.text((10, y), f"step {at['step']}   hardness {hardness:.2f}   loss when pruned {loss:.3f}", INK, font(18))
+        draw.text((10, y), f"step {at['step']}   hardness {hardness:.2f}   loss when pruned {loss:.3f}", INK, font(15))
         draw.rectangle((10, y + 28, 10 + width * at["step"] / curve[-1]["step"], y + 34), COLORS[0])
-        frames.append(sheet.quantize(48, dither=Image.Dither.NONE))
-    still = 12  # frames that the end stays
-    write(run / "training.gif", frames[0], dict(save_all=True, append_images=frames[1:] + frames[-1:] * still,
-                                                duration=150, loop=0))
+        frames.append(sheet)
+    sheet = frames[-1].copy()  # one palette for all frames, of pictures with and without pale patches
+    for i, (image, _) in enumerate(pictures[:3]):
+        sheet.paste(image, (10 + i * (side + 10), 10))
+    palette = sheet.quantize(128)
+    frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in frames + frames[-1:] * 12]
+    write(run / "training.gif", frames[0], dict(save_all=True, append_images=frames[1:], duration=150, loop=0))
     print(f"wrote {run / 'training.gif'}")
 
 
