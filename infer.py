@@ -42,7 +42,29 @@ def add_pruner_arguments(parser):
     add_device_arguments(parser)
 
 
-def load_pruned(args):
+def add_choice_arguments(parser):
+    """--keep, --threshold, --choose."""
+    add = parser.add_argument_group("what is kept").add_argument
+    add("--keep", metavar="K", help="visual tokens to keep: a number, a share as 11.1%%, or all; ~16 or ~11.1%% is "
+        "that many on average (default: as the pruner was trained)")
+    add("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations above the "
+        "image's mean, at least one token (a negative T as --threshold=-1)")
+    add("--choose", choices=("top", "diverse"), help="the highest scores, or high scores of tokens that differ "
+        "(default: as the pruner was trained)")
+
+
+def add_question_arguments(parser, batch=16, required=False):
+    """--questions, --images, --answers, --overwrite, --batch: what answer_questions needs."""
+    add = parser.add_argument_group("question files").add_argument
+    add("--questions", type=Path, metavar="JSONL", required=required, help="a question file instead of a picture")
+    add("--images", metavar="DIR", help="folder of its pictures (default: the file's own)")
+    add("--answers", type=Path, metavar="JSONL", required=required,
+        help="file for the answers; if it is unfinished, it is continued")
+    add("--overwrite", action="store_true", help="begin --answers anew")
+    add("--batch", type=int, default=batch, metavar="N", help="questions at a time (default: %(default)s)")
+
+
+def load_pruned(args, load=load):
     """(vlm, scorer, settings) by those arguments. InputError if pruner and model do not fit together."""
     folder, why = (args.pruner, "by --pruner") if args.pruner else default_pruner()
     scorer, settings = load_pruner(folder)
@@ -140,24 +162,13 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
     parser.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
-    add = parser.add_argument_group("what is kept").add_argument
-    add("--keep", metavar="K", help="visual tokens to keep: a number, a share as 11.1%%, or all; ~16 or ~11.1%% is "
-        "that many on average (default: as the pruner was trained)")
-    add("--threshold", type=float, metavar="T", help="keep what scores more than T standard deviations above the "
-        "image's mean, at least one token (a negative T as --threshold=-1)")
-    add("--choose", choices=("top", "diverse"), help="the highest scores, or high scores of tokens that differ "
-        "(default: as the pruner was trained)")
+    add_choice_arguments(parser)
     add_pruner_arguments(parser.add_argument_group("pruner and model"))
     add = parser.add_argument_group("output").add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
     add("--show", type=Path, metavar="PNG", help="draw what was kept, with the answers by all and by the kept tokens")
     add("--json", action="store_true", help="print the results as JSON on the last line")
-    add = parser.add_argument_group("question files").add_argument
-    add("--questions", type=Path, metavar="JSONL", help="a question file instead of a picture")
-    add("--images", metavar="DIR", help="folder of its pictures (default: the file's own)")
-    add("--answers", type=Path, metavar="JSONL", help="file for the answers; if it is unfinished, it is continued")
-    add("--overwrite", action="store_true", help="begin --answers anew")
-    add("--batch", type=int, default=16, metavar="N", help="questions at a time (default: %(default)s)")
+    add_question_arguments(parser)
     return parser.parse_args()
 
 

@@ -756,7 +756,8 @@ def test_every_import_goes_down():
 def test_lines_are_short_and_files_small():
     limits = {"throttler.py": 240, "denoiser.py": 60, "model.py": 420, "train.py": 250, "infer.py": 260,
               "bench.py": 240, "eval/criteria.py": 140, "eval/accuracy.py": 170, "data/files.py": 110,
-              "data/run.py": 170, "data/pictures.py": 130, "data/coco.py": 130, "data/questions.py": 147}
+              "data/run.py": 170, "data/pictures.py": 130, "data/coco.py": 130, "data/questions.py": 147,
+              "eval/serve.py": 80}
     for name, most in limits.items():
         lines = (ROOT / name).read_text().splitlines()
         assert len(lines) <= most, f"{name} has {len(lines)} lines"
@@ -1840,6 +1841,37 @@ def test_lmms_eval_names_the_document_without_its_one_picture(tmp_path, monkeypa
     lmms_task(tmp_path, pictures=2)
     with pytest.raises(InputError, match="drawn, document [0-9]+: 2 pictures"):
         evaluated(tmp_path, "16", monkeypatch)
+
+
+# --- vLLM, where it is installed --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def served():
+    pytest.importorskip("vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
+            patch.setenv(*f"VLLM_{setting}".split("="))
+        from eval.serve import Served
+        (served := Served(str(TINY))).start(["--enforce-eager"])
+        yield served
+
+
+@pytest.mark.parametrize("keep", ["all", "48", "16", "~16"])
+def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, served, asked, keep, monkeypatch):
+    def said(model):
+        return dict(sum(infer.ask(model, rows, choose, batch=7), []))
+
+    rows = questions.read_questions(asked / "test.jsonl")
+    choose = pruner.chooser(vlm, *pruner.load_pruner(asked), Budget.parse(keep))[0]
+    assert said(served) == said(vlm)
+    monkeypatch.setattr("eval.serve.name_of", lambda Z, places, N: f"{Z.sum()}")
+    assert (said(served) == said(vlm)) == (keep == "all")
+
+
+def test_vllm_gets_llava_only_and_nothing_of_the_language_model_is_loaded(served, tmp_path):
+    assert {name.split(".")[1] for name in served.model.state_dict()} == {"vision_tower", "multi_modal_projector"}
+    with pytest.raises(InputError, match="llava_next, and only llava"):
+        type(served)(str(changed(tmp_path, "config.json", {"model_type": "llava_next"})))
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""
+vLLM's LLaVA (tried: 0.32.0) for pruned pictures: each kept token stands at its original position.
+
+By itself vLLM numbers the tokens of a prompt one by one, which closes the gaps of the dropped ones. Models with M-RoPE,
+as Qwen2.5-VL, it asks for the positions. LlavaInPlace is such a model, whose three rows of positions are all alike. The
+name that goes with a picture (multi_modal_uuids, or uuid in a request to vllm serve) tells which tokens were kept.
+"""
+import hashlib
+
+import torch
+import vllm
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+class LlavaInPlace(LlavaForConditionalGeneration, SupportsMRoPE):
+    def get_mrope_input_positions(self, input_tokens, mm_features):
+        """Positions (3, L) of a prompt, and how many tokens were dropped from it."""
+        positions, dropped = torch.arange(len(input_tokens)), 0
+        for feature in mm_features:
+            at, K, mask = feature.mm_position.offset, feature.mm_position.length, feature.identifier.split(":")[-1]
+            if mask.count("1") == K and set(mask) <= {"0", "1"}:  # else a picture without such a name: all are kept
+                positions[at:at + K] = positions[at] + torch.tensor([i for i, bit in enumerate(mask) if bit == "1"])
+                positions[at + K:] += len(mask) - K
+                dropped += len(mask) - K
+        return positions.expand(3, -1), dropped
+
+    def forward(self, input_ids, positions, *inputs, **options):
+        return super().forward(input_ids, positions[0], *inputs, **options)
+
+
+def register():
+    """Make LlavaInPlace known to a process of vLLM: to those of eval.serve here, to vllm serve's as a plugin."""
+    vllm.ModelRegistry.register_model("LlavaInPlace", LlavaInPlace)
+
+
+register()
+
+
+def engine(model, dtype, flags):
+    """vLLM with that model, but for its encoder. flags: of vLLM's command line."""
+    parser = vllm.EngineArgs.add_cli_args(FlexibleArgumentParser(usage="vllm serve --help=all lists vLLM's flags"))
+    parser.set_defaults(
+        model=model, dtype=dtype, enable_mm_embeds=True, limit_mm_per_prompt={"image": 0},
+        hf_overrides={"architectures": ["LlavaInPlace"], "mrope_section": [1, 1, 1]},  # three rows of positions
+        gpu_memory_utilization=0.8)  # the encoder needs room, too
+    return vllm.LLM.from_engine_args(vllm.EngineArgs.from_cli_args(parser.parse_args(flags)))
+
+
+def name_of(Z, places, N):
+    """A name for the kept tokens Z (K, D) at these of N places. It stands for the picture in vLLM's caches, too."""
+    mask = "".join("01"[i in places] for i in range(N))
+    return f"{hashlib.sha256(Z.float().numpy().tobytes()).hexdigest()}:{mask}"
+
+
+def answers(llm, prompts):
+    """Greedy answers to the prompts: (token ids with one place for the picture, Z, its name, most tokens to write)."""
+    asked = [{"prompt_token_ids": ids, "multi_modal_data": {"image": Z[None]}, "multi_modal_uuids": {"image": [name]}}
+             for ids, Z, name, _ in prompts]
+    limits = [vllm.SamplingParams(temperature=0, max_tokens=most) for *_, most in prompts]
+    return [output.outputs[0].text.strip() for output in llm.generate(asked, limits, use_tqdm=False)]
