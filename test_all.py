@@ -1030,12 +1030,12 @@ def test_a_killed_question_file_continues_where_it_stopped(answer, vlm, tmp_path
         signal_on_call(patch, signal.SIGKILL, vlm, "generate", 3)
         assert in_a_process(lambda: answer(path)) == -signal.SIGKILL
     left_behind = path.read_bytes()
-    for cut in (0, 1, 30, 999):  # the fourth line whole, or cut off anywhere
+    for cut in (0, 1, 30, 700):  # the fourth line whole, or cut off anywhere
         path.write_bytes(left_behind[:len(left_behind) - cut])
         there = path.read_bytes().count(b"\n")
         answer(path)
         assert path.read_bytes() == whole.read_bytes() and f"{there} of 6 answers are" in capsys.readouterr().err
-    assert len(left_behind) > 1500 and there < 3
+    assert there == 1
 
 
 def test_answers_replace_nothing_else_and_two_runs_do_not_mix(answer, tmp_path, monkeypatch):
