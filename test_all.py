@@ -58,7 +58,8 @@ PICTURES = ROOT / "data/shapes/examples"
 EXAMPLES = sorted(PICTURES.glob("*.jpg"))
 MOST = {"throttler.py": 240, "denoiser.py": 60, "model.py": 420, "train.py": 250, "infer.py": 260, "bench.py": 240,
         "eval/criteria.py": 140, "eval/accuracy.py": 170, "data/files.py": 110, "data/run.py": 170,
-        "data/pictures.py": 130, "data/coco.py": 130, "data/questions.py": 147}  # lines
+        "data/pictures.py": 130, "data/coco.py": 130, "data/questions.py": 147, "eval/lmms.py": 100,
+        "eval/serve.py": 80}  # lines
 FLOORS = [("throttler", "data"), ("model", "denoiser"), ("infer",), ("eval",), ("train", "bench"), ("results",)]
 TEMPLATE = (TINY / "chat_template.jinja").read_text()
 QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
@@ -490,18 +491,19 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, tiny, monkey
 
 
 def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
-    """Two processes, and four parts one by one: the gradients (Adam's moments) of the whole batch, to rounding."""
+    """Two processes, also with a sharded LLM, and four parts: the gradients (Adam's moments) of the whole batch."""
     def moments(name):
         tensors = load_file(tmp_path / name / "checkpoint.safetensors")
         return torch.cat([tensors[k].flatten() for k in sorted(tensors) if k.endswith("exp_avg")])
     short = "--steps", 2, "--eval-every", 1, "--out"
-    argv = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    argv += [ROOT / "train.py", *tiny.args[1:], *short, tmp_path / "two"]
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stderr.count("keep 20") == 1, done.stderr
+    for name, *more in (["two"], ["sharded", "--shard"]):
+        argv = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+        argv += [ROOT / "train.py", *tiny.args[1:], *short, tmp_path / name, *more]
+        done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr and done.stderr.count("keep 20") == 1
     tiny(*short, tmp_path / "one")
     tiny(*short, tmp_path / "four", "--at-once", 1)
-    for other in ("two", "four"):
+    for other in ("two", "sharded", "four"):
         assert (moments("one") - moments(other)).abs().max() < 1e-4 * moments("one").abs().max(), other
         for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / other)):
             assert a == pytest.approx(b, rel=2e-4)
@@ -569,10 +571,10 @@ def test_processes_that_cannot_work_together_are_refused(vlm, monkeypatch):
         monkeypatch.setattr(os, "environ", {"RANK": rank, "WORLD_SIZE": world})
         complaint("torchrun", Processes, "cpu")
     monkeypatch.setattr(os, "environ", {"RANK": "", "WORLD_SIZE": ""})
-    processes = Processes("cpu")
-    assert processes.plan(vlm, 1000, batch=8, at_once=3) == (3, 3)
-    processes.world = 9
-    complaint("--batch 8", processes.plan, vlm, 1000, batch=8)
+    processes, args = Processes("cpu"), SimpleNamespace(batch=8, at_once=3, checkpointing=False, shard=True)
+    assert processes.plan(vlm, 1000, args) == (3, 3)
+    for processes.world in (9, 3):
+        complaint("--batch 8", processes.plan, vlm, 1000, args)
 
 
 def test_schedules_clipping_and_budgets_reach_the_optimizer(tiny, monkeypatch):

@@ -17,10 +17,10 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data.arguments import add_training_arguments, check_texts, check_training
@@ -70,7 +70,7 @@ class Recipe:
 
 
 RECIPES = {
-    "ours": Recipe(whiten=True, standardise=True, spread=2.0, tau=our_tau, denoiser=torch.nn.Identity),
+    "ours": Recipe(whiten=True, standardise=True, spread=2.0, tau=our_tau, denoiser=nn.Identity, choose="diverse"),
     "papers": Recipe(whiten=False, standardise=False, spread=1.0, tau=papers_tau, denoiser=Denoiser),
 }
 
@@ -150,7 +150,7 @@ def train(args, recipe=None):
         vlm.recompute()
     keep, = budgets([str(args.keep)], vlm)
     torch.manual_seed(args.seed)
-    modules = torch.nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": recipe.denoiser(vlm.width)})
+    modules = nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": recipe.denoiser(vlm.width)})
     scorer, denoiser = modules.to(processes.device).values()
     learned = list(modules.parameters())
     base_lr = args.lr or 0.2 / scorer.head.in_features  # the papers' 2e-4 at width 1024
@@ -189,7 +189,7 @@ def train(args, recipe=None):
 
         # forward and backward, part by part
         totals = torch.zeros(3, device=vlm.model.device)
-        for inputs, noise in islice(todo, parts):
+        for _, (inputs, noise) in zip(range(parts), todo):
             (loss, alpha), words = forward(*graph, inputs, noise, K, tau, recipe), words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             hardness = hardness_of(alpha.detach(), K.of(real_tokens(alpha, inputs.get("valid"))))
@@ -201,7 +201,7 @@ def train(args, recipe=None):
         # one step of AdamW
         for p in learned:
             p.grad /= words
-        norm = torch.nn.utils.clip_grad_norm_(learned, 1.0).item()
+        norm = nn.utils.clip_grad_norm_(learned, 1.0).item()
         run.check_finite(step, loss + norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

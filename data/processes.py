@@ -39,8 +39,9 @@ class Processes:
             atexit.register(dist.destroy_process_group)
 
     def share(self, samples, even=False):
-        """This process's part of a range of sample numbers; `even` leaves some out, so that all have as many."""
-        return samples[self.rank:len(samples) // self.world * self.world if even else None:self.world]
+        """This process's part of a range of sample numbers; `even` repeats the first, so that all have as many."""
+        mine = samples[self.rank::self.world]
+        return [*mine, samples[0]] if even and len(mine) * self.world < len(samples) else mine
 
     def sum(self, *tensors):
         """Each tensor becomes its sum over the processes."""
