@@ -64,13 +64,13 @@ def add_question_arguments(parser, batch=16, required=False):
     add("--batch", type=int, default=batch, metavar="N", help="questions at a time (default: %(default)s)")
 
 
-def load_pruned(args, load=load):
-    """(vlm, scorer, settings) by those arguments. InputError if pruner and model do not fit together."""
+def load_pruned(args, kind=None):
+    """(vlm, scorer, settings) by those arguments; kind: a class in place of load(). InputError if they do not fit."""
     folder, why = (args.pruner, "by --pruner") if args.pruner else default_pruner()
     scorer, settings = load_pruner(folder)
     name = args.model or settings["model"]
     print(f"model {name}, pruner {args.pruner or portable(folder)} ({why})", file=sys.stderr)
-    vlm = load(name, args.device, DTYPES[args.dtype])
+    vlm = (kind or load)(name, args.device, DTYPES[args.dtype])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py speed")
     if vlm.width != settings["width"]:
