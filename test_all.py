@@ -1491,7 +1491,7 @@ def test_readme_table_is_what_was_measured():
     table = json.loads((ROOT / "results/accuracy.json").read_text())["accuracy"]
     kept = {name: f"{accuracy.retention(by, table['all 144']):.1f}" for name, by in table.items()}
     names = "random norm pooling uniform CLS diversity DPP scorer".split() + ["scorer, top", "scorer, DPP"]
-    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+    rows = re.findall(r"^\| [^|]+ \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", README, re.M)
     assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8)) for name in names]
 
 

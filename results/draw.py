@@ -123,13 +123,13 @@ def graphs():
     image, draw = canvas(2960, 1560)
     columns = ["scene", "Encoder", "whiten", "Scorer", "standardise", "soft top-K", "noise gate", "Denoiser",
                "Projector", "LLM"]
-    at = {name: 130 + 300 * i for i, name in enumerate(columns)} | {"top-K": 1630, "gather": 1930}
+    at = {name: 130 + 300 * i for i, name in enumerate(columns)} | {"choose K": 1630, "gather": 1930}
     fill = {"Encoder": FROZEN, "Projector": FROZEN, "LLM": FROZEN, "Scorer": LEARNED, "Denoiser": LEARNED}
     rows = [("Training, ours", ["whiten", "Scorer", "standardise", "soft top-K"], ["noise gate", "Projector", "LLM"],
              "each step draws its K; tau: a line in log tau", "caption", "next-token loss"),
             ("Training, the papers'", ["Scorer", "soft top-K"], ["noise gate", "Denoiser", "Projector", "LLM"],
              "one K; tau: a cosine from 2 to 0.1", "caption", "next-token loss"),
-            ("Inference", ["whiten", "Scorer", "top-K"], ["gather", "Projector", "LLM"], "", "question", "answer")]
+            ("Inference", ["whiten", "Scorer", "choose K"], ["gather", "Projector", "LLM"], "", "question", "answer")]
     for i, (title, upper, lower, note, given, wanted) in enumerate(rows):
         y, lower = 370 + 480 * i, ["Encoder", *lower]
         draw.text((40, y - 290), title, INK, font(44))
