@@ -5,7 +5,7 @@ Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
     X -> Scorer -> s -> soft top-K -> alpha, summing to the budget K -> noise gate -> X̃
 
-Inference: X -> Scorer -> s -> select -> the K highest tokens, in their original order. Nothing else remains.
+Inference: X -> Scorer -> s -> select, or select_diverse -> K tokens, in their original order. Nothing else remains.
 
     $ python throttler.py
     tau 2.0: alpha ['0.791', '0.441', '0.343', '0.326', '0.098'] sum 2.000000

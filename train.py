@@ -9,7 +9,7 @@ No token is dropped in training: each gets through in proportion to its weight a
 the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; with a question file
 the run ends with its accuracy, beside random tokens and a uniform grid.
 
-Writes scorer.safetensors, pruner.json, log.jsonl, and a checkpoint from which --resume continues bit for bit.
+Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint; --resume continues it bit for bit.
 """
 import argparse
 import json
@@ -159,10 +159,10 @@ def train(args, recipe=None):
                   f"images to learn from, {len(held_out)} held out")
     at_once, parts = processes.plan(vlm, sum(p.numel() for p in learned), args)
 
-    def batches(data, *ranges):
+    def batches(data, *ranges, skipped=None):
         """(inputs, noise) for these ranges of sample numbers, as many at a time as fit."""
         chunks = [samples[i:i + at_once] for samples in ranges for i in range(0, len(samples), at_once)]
-        for samples, inputs, _ in load_batches(vlm, data, chunks, PROMPT, args.workers, run.skipped):
+        for samples, inputs, _ in load_batches(vlm, data, chunks, PROMPT, args.workers, set() if skipped is None else skipped):
             # drawn for each sample by its number alone: the same however a batch is split, and after a resume
             noise = [torch.randn(n, vlm.width, generator=generator(args.seed, "noise", g))
                      for n, g in zip(vlm.visual(inputs).sum(1).tolist(), samples)]
@@ -174,7 +174,7 @@ def train(args, recipe=None):
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
-    todo = batches(Captions(training, args.seed), *mine)
+    todo = batches(Captions(training, args.seed), *mine, skipped=run.skipped)
     watched = list(batches(Captions([(path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
 
     for step in run.steps(args.steps, args.save_every):

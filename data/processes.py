@@ -39,7 +39,7 @@ class Processes:
             atexit.register(dist.destroy_process_group)
 
     def share(self, samples, even=False):
-        """This process's part of a range of sample numbers; `even` repeats the first, so that all have as many."""
+        """This process's part of a range of sample numbers; `even` repeats the first of all, so that all have as many."""
         mine = samples[self.rank::self.world]
         return [*mine, samples[0]] if even and len(mine) * self.world < len(samples) else mine
 
@@ -67,6 +67,8 @@ class Processes:
 
         A layer is gathered while it runs, so every process must run the same number of forward passes.
         """
+        if self.world == 1:
+            raise InputError("--shard splits a model over several processes; start with torchrun --nproc_per_node N")
         mesh = init_device_mesh(self.device.partition(":")[0], (self.world,))
         for layer in vlm.model.model.language_model.layers:
             fully_shard(layer, mesh=mesh)  # moves it to the device, too

@@ -54,7 +54,7 @@ class Run:
             except OSError as e:
                 raise InputError(f"--out {folder}: cannot be written ({short(e)}); give a folder to write to") from None
         self.step, self.before, self.curve = self.state["step"], self.state["seconds"], self.state["curve"]
-        self.skipped = set(self.state["skipped"])
+        self.skipped = set(self.state["skipped"]) if processes.first else set()  # a sum over processes counts them
 
     def seconds(self):
         """How long the run has taken, without the time between a stop and its resumption."""
@@ -78,7 +78,7 @@ class Run:
         self.processes.copy(*modules.state_dict().values(), *statistics.values())
         if self.tensors is None:
             self.save(0)  # a folder that cannot be written to is found out now
-            for name in ("pruner.json", "scorer.safetensors", "log.jsonl") if self.processes.first else ():
+            for name in ("pruner.json", "scorer.safetensors", "log.jsonl", "watched.json") if self.processes.first else ():
                 (self.folder / name).unlink(missing_ok=True)  # of the run that this one replaces
 
     def save(self, step):

@@ -2,7 +2,7 @@
 What a pruner keeps: accuracy by category, beside choices that learn nothing.
 
     python -m eval.accuracy                               # your pruner, or the one that ships, on the embedded test
-    python -m eval.accuracy --keep 16 '~16' --others      # its top 16, its threshold; and what other papers choose by
+    python -m eval.accuracy --keep 16 '~16' --others      # 16, and 16 on average; and what other papers choose by
     python -m eval.accuracy --questions pope.jsonl --images val2014/ --pruner out-7b --json pope.json
 
 An answer counts as infer.py --questions counts it. Retention is the papers': the mean over categories of

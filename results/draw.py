@@ -24,6 +24,7 @@ from data.pruner import chooser, load_pruner
 from data.shapes.prepare import draw_scene, questions
 from denoiser import Denoiser
 from eval.accuracy import retention
+from eval.tables import mean
 from model import load
 from throttler import soft_top_k, vp_gate, whitening
 
@@ -214,14 +215,15 @@ def training(run):
     rows = math.ceil(len(pictures) / 3)
     for at in watched["frames"][::2]:
         sheet, draw = canvas(3 * side + 40, rows * (side + 10) + 60)
+        hardness = []
         for i, ((image, boxes), alpha) in enumerate(zip(pictures, at["alpha"])):
             alpha = torch.tensor(alpha[:len(boxes)])
             sheet.paste(frame(image, boxes, alpha), (10 + i % 3 * (side + 10), 10 + i // 3 * (side + 10)))
-        hardness = hardness_of(alpha[None], round(alpha.sum().item())).item()
+            hardness += hardness_of(alpha[None], round(alpha.sum().item())).tolist()
         loss = [entry["deployed_loss"] for entry in curve if entry["step"] <= at["step"]][-1]
         y, width = rows * (side + 10) + 14, 3 * side + 20
-        draw.text((10, y), f"step {at['step']}   hardness {hardness:.2f}   loss when pruned {loss:.3f}", INK, font(15))
-        draw.rectangle((10, y + 28, 10 + width * at["step"] / curve[-1]["step"], y + 34), COLORS[0])
+        draw.text((10, y), f"step {at['step']}   hardness {mean(hardness):.2f}   loss when pruned {loss:.3f}", INK, font(15))
+        draw.rectangle((10, y + 28, 10 + width * at["step"] / max(1, curve[-1]["step"]), y + 34), COLORS[0])
         frames.append(sheet)
     sheet = frames[-1].copy()  # one palette for all frames, of pictures with and without pale patches
     for i, (image, _) in enumerate(pictures[:3]):

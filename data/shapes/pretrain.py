@@ -9,7 +9,7 @@ This is data, not method: its product is committed. Two stages, because end to e
      the class token tells what is in the picture, so that its attention means something.
   2. Projector and Llama on frozen features, by next-token loss on captions and answers. All texts of a scene are
      packed behind its image, but each sees only the image and itself, at the positions it would have alone.
-     In most steps the LLM sees a subset of the visual tokens: a VLM that never missed a token cannot do without one.
+     In most steps the LLM sees a subset of the visual tokens: a VLM that has always seen all fails when some are gone.
      The second round asks most for what is learned last: whether a thing of that colour and shape is there.
 """
 import argparse
