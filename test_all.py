@@ -48,7 +48,7 @@ from data.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, criteria
 from model import Llava, load
-from results import study
+from results import draw, study
 from throttler import Attention, Scorer, select, select_diverse, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
@@ -508,6 +508,16 @@ def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
         assert (moments("one") - moments(other)).abs().max() < 1e-4 * moments("one").abs().max(), other
         for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / other)):
             assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_what_is_watched_becomes_a_moving_picture(tmp_path, tiny):
+    complaint("none.jpg", tiny, "--watch", EXAMPLES[0], "none.jpg")
+    tiny("--watch", EXAMPLES[0], EXAMPLES[1])
+    frames = json.loads((tmp_path / "out/watched.json").read_text())["frames"]
+    assert [at["step"] for at in frames] == list(range(6)) and frames[0]["alpha"] != frames[5]["alpha"]
+    assert all(sum(alpha) == pytest.approx(20, abs=0.01) for at in frames for alpha in at["alpha"])
+    draw.training(tmp_path / "out")
+    assert Image.open(tmp_path / "out/training.gif").n_frames > 1
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])

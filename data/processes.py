@@ -39,7 +39,7 @@ class Processes:
             atexit.register(dist.destroy_process_group)
 
     def share(self, samples, even=False):
-        """This process's part of a range of sample numbers; `even` repeats the first of all, so that all have as many."""
+        """This process's part of a range of sample numbers; `even` repeats one, so that all have as many."""
         mine = samples[self.rank::self.world]
         return [*mine, samples[0]] if even and len(mine) * self.world < len(samples) else mine
 
