@@ -78,8 +78,9 @@ class Run:
         self.processes.copy(*modules.state_dict().values(), *statistics.values())
         if self.tensors is None:
             self.save(0)  # a folder that cannot be written to is found out now
-            for name in ("pruner.json", "scorer.safetensors", "log.jsonl", "watched.json") if self.processes.first else ():
-                (self.folder / name).unlink(missing_ok=True)  # of the run that this one replaces
+            for name in ("pruner.json", "scorer.safetensors", "log.jsonl", "watched.json"):  # of the run it replaces
+                if self.processes.first:
+                    (self.folder / name).unlink(missing_ok=True)
 
     def save(self, step):
         self.state.update(step=step, seconds=self.seconds(), skipped=sorted(self.skipped))

@@ -1,9 +1,9 @@
 """
 vLLM's LLaVA (tried: 0.32.0) for pruned pictures: each kept token stands at its original position.
 
-By itself vLLM numbers the tokens of a prompt one by one, which closes the gaps of the dropped ones. A model with M-RoPE,
-as Qwen2.5-VL, is asked for the positions. LlavaInPlace poses as one; its three rows of positions are equal. The name
-that goes with a picture (multi_modal_uuids, or uuid in a request to vllm serve) tells which tokens were kept.
+By itself vLLM numbers the tokens of a prompt one by one, which closes the gaps of the dropped ones. A model with
+M-RoPE, as Qwen2.5-VL, is asked for the positions. LlavaInPlace poses as one; its three rows of positions are equal. The
+name that goes with a picture (multi_modal_uuids, or uuid in a request to vllm serve) tells which tokens were kept.
 """
 import hashlib
 

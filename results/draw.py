@@ -222,7 +222,8 @@ def training(run):
             hardness += hardness_of(alpha[None], round(alpha.sum().item())).tolist()
         loss = [entry["deployed_loss"] for entry in curve if entry["step"] <= at["step"]][-1]
         y, width = rows * (side + 10) + 14, 3 * side + 20
-        draw.text((10, y), f"step {at['step']}   hardness {mean(hardness):.2f}   loss when pruned {loss:.3f}", INK, font(15))
+        said = f"step {at['step']}   hardness {mean(hardness):.2f}   loss when pruned {loss:.3f}"
+        draw.text((10, y), said, INK, font(15))
         draw.rectangle((10, y + 28, 10 + width * at["step"] / max(1, curve[-1]["step"]), y + 34), COLORS[0])
         frames.append(sheet)
     sheet = frames[-1].copy()  # one palette for all frames, of pictures with and without pale patches
