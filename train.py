@@ -159,10 +159,10 @@ def train(args, recipe=None):
                   f"images to learn from, {len(held_out)} held out")
     at_once, parts = processes.plan(vlm, sum(p.numel() for p in learned), args)
 
-    def batches(data, *ranges, lost=None):
-        """(inputs, noise) for these ranges of sample numbers, as many at a time as fit; lost gathers the unreadable."""
+    def batches(data, *ranges, bad=None):
+        """(inputs, noise) for these ranges of sample numbers, as many at a time as fit; bad gathers the unreadable."""
         chunks = [samples[i:i + at_once] for samples in ranges for i in range(0, len(samples), at_once)]
-        for samples, inputs, _ in load_batches(vlm, data, chunks, PROMPT, args.workers, set() if lost is None else lost):
+        for samples, inputs, _ in load_batches(vlm, data, chunks, PROMPT, args.workers, set() if bad is None else bad):
             # drawn for each sample by its number alone: the same however a batch is split, and after a resume
             noise = [torch.randn(n, vlm.width, generator=generator(args.seed, "noise", g))
                      for n, g in zip(vlm.visual(inputs).sum(1).tolist(), samples)]
@@ -174,7 +174,7 @@ def train(args, recipe=None):
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
-    todo = batches(Captions(training, args.seed), *mine, lost=run.skipped)
+    todo = batches(Captions(training, args.seed), *mine, bad=run.skipped)
     watched = list(batches(Captions([(path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
 
     for step in run.steps(args.steps, args.save_every):
