@@ -1463,12 +1463,12 @@ def served():
 
 
 @pytest.mark.parametrize("keep", ["all", "48", "16", "~16"])
-def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, served, asked, keep, monkeypatch):
+def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, served, tmp_path, keep, monkeypatch):
     def said(model):
         return dict(sum(infer.ask(model, rows, choose, batch=7), []))
 
-    rows = questions.read_questions(asked / "test.jsonl")
-    choose = pruner.chooser(vlm, *pruner.load_pruner(asked), Budget.parse(keep))[0]
+    rows = questions.read_questions(drawn(tmp_path))
+    choose = pruner.chooser(vlm, *pruner.load_pruner(ROOT / "data/shapes/pruner"), Budget.parse(keep))[0]
     assert said(served) == said(vlm)
     monkeypatch.setattr("eval.serve.name_of", lambda Z, places, N: f"{Z.sum()}")
     assert (said(served) == said(vlm)) == (keep == "all")

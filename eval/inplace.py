@@ -26,6 +26,9 @@ class LlavaInPlace(LlavaForConditionalGeneration, SupportsMRoPE):
                 dropped += len(mask) - K
         return positions.expand(3, -1), dropped
 
+    def embed_multimodal(self, image_embeds=None, **pictures):  # (B, K, D), or a list where K differs
+        return super().embed_multimodal(**pictures) if image_embeds is None else image_embeds
+
     def forward(self, input_ids, positions, *inputs, **options):
         return super().forward(input_ids, positions[0], *inputs, **options)
 
