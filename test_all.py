@@ -903,6 +903,12 @@ def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
     assert list(read_image(tmp_path / f"deep{suffix}").convert("L").tobytes()) == pytest.approx([0, 127.5, 255], abs=1)
 
 
+def test_one_grey_of_sixteen_bits_may_be_transparent(tmp_path):
+    samples = struct.pack("<3H", 1000, 0, 65535)
+    Image.frombytes("I;16", (3, 1), samples).save(tmp_path / "grey.png", transparency=1000)
+    assert list(read_image(tmp_path / "grey.png").convert("L").tobytes()) == [255, 0, 255]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_what_is_transparent_is_white(tmp_path, mode):
     image, square = Image.new(mode, (8, 8)), Image.new("L", (8, 8))  # a black square on a transparent black ground

@@ -226,7 +226,7 @@ def train(args, recipe=None):
         made |= {"thresholds": thresholds(vlm, scorer, every), "finished": True}
         run.write("pruner.json", rounded(made))
         if questions and not args.shard:
-            table = accuracy_table(vlm, scorer, made, questions, [keep], seeds=1)
+            table = accuracy_table(vlm, scorer, made, questions, [keep])
             full, pruned = table[f"all {vlm.tokens or ''}".strip()], table[f"scorer {keep}"]
             made |= {"retention": retention(pruned, full), "by_category": table}
     return made

@@ -98,8 +98,8 @@ def write(path, content, note=None):
 
 
 def rounded(value):
-    """The same value with every float in it at five digits, for JSON that is read by people too."""
-    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
+    """The same value with every float in it at five digits, for JSON that is read by people too; None for NaN."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"), parse_constant={}.get)
 
 
 def portable(path):

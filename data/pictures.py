@@ -33,7 +33,10 @@ def upright(image):
             raise ValueError("its samples are no numbers")
         black, white = min(dark, 0), min([value for value in whites if value >= bright], default=bright)
         scale = 255 / (white - black)
+        samples = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
+        clear = samples == image.info.pop("transparency", math.nan)  # one grey may stand for transparent
         image = image.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")  # rounded
+        image.paste(255, mask=Image.frombytes("L", image.size, (255 * clear).byte().numpy().tobytes()))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
