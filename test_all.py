@@ -28,9 +28,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
                           LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor, Qwen2VLImageProcessorPil)
 
@@ -515,9 +517,22 @@ def test_what_is_watched_becomes_a_moving_picture(tmp_path, tiny):
     tiny("--watch", EXAMPLES[0], EXAMPLES[1])
     frames = json.loads((tmp_path / "out/watched.json").read_text())["frames"]
     assert [at["step"] for at in frames] == list(range(6)) and frames[0]["alpha"] != frames[5]["alpha"]
-    assert all(sum(alpha) == pytest.approx(20, abs=0.01) for at in frames for alpha in at["alpha"])
+    assert all([sum(alpha) for alpha in at["alpha"]] == pytest.approx([20, 20], abs=0.01) for at in frames)
+    complaint("--watch", tiny, "--resume", "--watch", EXAMPLES[2])
     draw.training(tmp_path / "out")
     assert Image.open(tmp_path / "out/training.gif").n_frames > 1
+
+
+def test_a_shard_is_half_of_every_layer():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        vlm, processes = load(TINY), SimpleNamespace(world=2, device="cpu")
+        whole, layers = vlm.memory(0, 1)["frozen"], vlm.model.model.language_model.layers
+        half = sum(p.nbytes for p in layers.parameters()) / 2
+        Processes.shard(processes, vlm)
+        assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.arguments import add_training_arguments, check_texts, check_training
 from data.budget import hardness_of, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
-from data.files import cli, portable, rounded
+from data.files import ROOT, cli, portable, rounded
 from data.processes import Processes
 from data.pruner import choose_by, thresholds
 from data.questions import read_questions
@@ -137,7 +137,7 @@ def train(args, recipe=None):
     data = args.data or FOLDER / "train.json"
     questions = [] if args.questions == "none" else read_questions(args.questions, args.images)
     training, held_out = split(read_coco(data, args.images), args.seed)
-    settings = {name: getattr(args, name) for name in ("recipe", "steps", "batch", "lr", "seed", "dtype")}
+    settings = {name: getattr(args, name) for name in ("recipe", "steps", "batch", "lr", "seed", "dtype", "watch")}
     settings |= {"data": portable(data), "model": portable(args.model), "keep": str(args.keep)}
     run = Run(args.out, settings, processes, args.resume, args.overwrite)
 
@@ -175,10 +175,9 @@ def train(args, recipe=None):
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
     todo = batches(Captions(training, args.seed), *mine, bad=run.skipped)
-    watched = list(batches(Captions([(path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
+    watched = list(batches(Captions([(ROOT / path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
 
     for step in run.steps(args.steps, args.save_every):
-        # schedules
         tau, lr = recipe.tau(step / args.steps), cosine(base_lr, 0, step / args.steps)
         K = keep.times(recipe.spread ** random.Random(f"{args.seed} budget {step}").uniform(-1, 1))
         optimizer.param_groups[0]["lr"] = lr
@@ -190,7 +189,8 @@ def train(args, recipe=None):
         # forward and backward, part by part
         totals = torch.zeros(3, device=vlm.model.device)
         for _, (inputs, noise) in zip(range(parts), todo):
-            (loss, alpha), words = forward(*graph, inputs, noise, K, tau, recipe), words_in(inputs)
+            loss, alpha = forward(*graph, inputs, noise, K, tau, recipe)
+            words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
             hardness = hardness_of(alpha.detach(), K.of(real_tokens(alpha, inputs.get("valid"))))
             totals += torch.stack([loss.detach() * words, words, hardness.sum()])
@@ -219,11 +219,11 @@ def train(args, recipe=None):
 
     # the thresholds that make a budget hold on average, and what all of it is worth
     made = {"model": portable(args.model), "width": vlm.width, "tokens": vlm.tokens, "keep": str(keep),
-            "choose": recipe.choose, "settings": settings, "best": run.best(recipe.tau(1.0)), "seconds": run.seconds()}
+            "choose": recipe.choose, "settings": settings, "best": run.best(recipe.tau(1.0)), "seconds": run.seconds(),
+            "finished": processes.first}
     if processes.first:
         scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
-        every = batches(Captions(held_out), range(len(held_out)))
-        made |= {"thresholds": thresholds(vlm, scorer, every), "finished": True}
+        made["thresholds"] = thresholds(vlm, scorer, batches(Captions(held_out), range(len(held_out))))
         run.write("pruner.json", rounded(made))
         if questions and not args.shard:
             table = accuracy_table(vlm, scorer, made, questions, [keep])
@@ -242,7 +242,7 @@ def parse_arguments(argv=None):
 def main():
     args = parse_arguments()
     made = train(args)
-    if args.json and "finished" in made:
+    if args.json and made["finished"]:
         print(json.dumps(rounded(made)))
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data.budget import Budget
-from data.files import InputError, read_image
+from data.files import ROOT, InputError, portable, read_image
 from data.shapes.prepare import FOLDER
 
 
@@ -39,7 +39,7 @@ def add_training_arguments(ap, recipes):
     add("--checkpointing", action="store_true", help="compute activations twice: slower, but far less memory")
     add("--shard", action="store_true", help="split the frozen LLM over torchrun's processes, for a model larger than "
         "a card; --batch must be a multiple of their number, and there is no closing table")
-    add("--watch", nargs="+", type=Path, default=[], metavar="IMG", help="pictures whose alpha is recorded in "
+    add("--watch", nargs="+", type=portable, default=[], metavar="IMG", help="pictures whose alpha is recorded in "
         "watched.json as training goes on; python -m results.draw training makes a moving picture of it")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations on held-out captions (default: a "
         "twentieth of all, and at least 100)")
@@ -69,7 +69,7 @@ def check_training(args):
     if not 0 <= args.seed < 2 ** 63:
         raise InputError(f"--seed {args.seed}: must be a whole number from 0 to 2^63 - 1")
     for picture in args.watch:
-        read_image(picture)
+        read_image(ROOT / picture)
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must not be below 0")
     return args

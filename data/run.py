@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.files import InputError, portable, rounded, short, write
+from data.files import InputError, rounded, short, write
 
 
 class Run:
@@ -143,7 +143,7 @@ class Run:
         """Add to watched.json how the weights of some images' tokens stand: alphas, a list of (B, N)."""
         alphas = [row.tolist() for alpha in alphas for row in alpha]
         self.state["watched"].append(rounded({"step": step, "tau": tau, "alpha": alphas}))
-        self.write("watched.json", {"images": [portable(image) for image in images], "frames": self.state["watched"]})
+        self.write("watched.json", {"images": images, "frames": self.state["watched"]})
 
     def write(self, name, content):
         if self.processes.first:
