@@ -81,13 +81,17 @@ def answer_once(vlm, scorer, inputs, K, prefill, words):
     return times, size
 
 
-def prefill_flops(vlm, batch, length):
-    """FLOPs of one prefill of `batch` sequences of `length` tokens, 2 a multiply-add, counted on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+def prefill_flops(vlm, lengths):
+    """{L: FLOPs of the prefill of one sequence of L tokens}, 2 a multiply-add, counted on the meta device."""
+    flops = {}
+    with torch.device("meta"), torch.no_grad():
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(vlm.model.config)).eval()
-        embeds = torch.empty(batch, length, model.get_input_embeddings().embedding_dim)
-        model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    return counter.get_total_flops()
+        for L in lengths:
+            with FlopCounterMode(display=False) as counter:
+                embeds = torch.empty(1, L, model.get_input_embeddings().embedding_dim)
+                model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+            flops[L] = counter.get_total_flops()
+    return flops
 
 
 @torch.no_grad()
@@ -112,14 +116,15 @@ def summary(values):
 
 def rows_of(vlm, args):
     """{row: (inputs, K or None for all tokens, TFLOPs of the prefill)} for every batch size and budget."""
+    inputs = vlm.dummy_inputs(1, args.text)
+    N, L = vlm.encode(inputs).shape[1], inputs["input_ids"].shape[1]
+    counts = {f"all {N}": None, **{f"keep {budget.of(N)}": budget.of(N) for budget in budgets(args.keep, vlm)}}
+    flops = prefill_flops(vlm, {L - N + (K or N) for K in counts.values()})
     rows = {}
     for batch in args.batch:
-        inputs = vlm.dummy_inputs(batch, args.text)
-        N, L = vlm.encode(inputs).shape[1], inputs["input_ids"].shape[1]
-        counts = [budget.of(N) for budget in budgets(args.keep, vlm)]
-        for name, K in {f"all {N}": None, **{f"keep {K}": K for K in counts}}.items():
-            name += "" if args.batch == [1] else f", batch {batch}"
-            rows[name] = inputs, K, prefill_flops(vlm, batch, L - N + (K or N)) / 1e12
+        inputs, more = vlm.dummy_inputs(batch, args.text), "" if args.batch == [1] else f", batch {batch}"
+        for name, K in counts.items():
+            rows[name + more] = inputs, K, batch * flops[L - N + (K or N)] / 1e12
     return rows
 
 

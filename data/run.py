@@ -86,9 +86,8 @@ class Run:
         self.state.update(step=step, seconds=self.seconds(), skipped=sorted(self.skipped))
         adam = {f"adam.{i}.{k}": t for i, m in self.optimizer.state_dict()["state"].items() for k, t in m.items()}
         statistics = {f"statistics.{name}": t for name, t in self.statistics.items()}
-        if self.processes.first:
-            tensors = {**self.modules.state_dict(), **statistics, **adam}
-            write(self.checkpoint, tensors, {"state": json.dumps(self.state)})
+        tensors = {**self.modules.state_dict(), **statistics, **adam}
+        self.processes.once(lambda: write(self.checkpoint, tensors, {"state": json.dumps(self.state)}))
 
     def steps(self, total, save_every):
         """The steps that are left. After each: count unreadable images, save, and stop if a signal came.

@@ -35,7 +35,7 @@ def right_or_wrong(vlm, rows, ways):
     choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A row is the mean of its
     choices. Each picture of a batch is encoded once, and each choice made once for all questions about it.
     """
-    batch, polar = 50 if vlm.tokens and vlm.tokens < 600 else 8, yes_no(rows)
+    batch, polar = 30_000 // (vlm.tokens or 3_600), yes_no(rows)
     right, kept = ({name: [] for name in ways} for _ in range(2))
     for at in tqdm(range(0, len(rows), batch), desc="questions", dynamic_ncols=True, leave=False):
         part = rows[at:at + batch]

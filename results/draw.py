@@ -251,8 +251,7 @@ def main():
             (losses if name == "losses" else training)(args.run)
             continue
         if name not in PICTURES:
-            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses, "
-                             "training")
+            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses, training")
         write(HERE / f"{name}.png", PICTURES[name]())
         print(f"wrote results/{name}")
 

@@ -18,7 +18,8 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,9 +119,8 @@ def trained(args):
             argv += ["--steps", str(args.steps)] if args.steps else []
             asked, made = parse_arguments(argv), folder / "variant.json"
             wanted = {field: str(getattr(asked, field)) for field in ("keep", "steps", "batch", "lr", "seed", "dtype")}
-            for field in fields(variants[name]):
-                value = getattr(variants[name], field.name)
-                wanted[field.name] = getattr(value, "__name__", value)  # a function by its name
+            for field, value in vars(variants[name]).items():
+                wanted[field] = getattr(value, "__name__", value)  # a function by its name
             if not made.exists() or json.loads(made.read_text()) != wanted:
                 print(f"training {name}, seed {seed}", file=sys.stderr)
                 made.unlink(missing_ok=True)
@@ -319,28 +319,43 @@ def ceiling(args):
     return accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
 
 
-def gpu(args):
-    """A 7B's speed and the memory of twenty training steps, the tests, and the embedded default, on a GPU."""
-    if not torch.cuda.is_available():
-        raise InputError("gpu: torch sees no GPU on this machine; run it where there is one")
-    result = {}
-    commands = ["bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --compile --json", "-m pytest -q",
-                "train.py --overwrite --json --out",
-                "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite --out"]
-    places = [[args.to / "speed_gpu.json"], [], [args.runs / "gpu"], [args.runs / "gpu-2"]]
-    for command, place in zip(commands, places if torch.cuda.device_count() > 1 else places[:-1]):
-        done = subprocess.run([sys.executable, *command.split(), *place], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        result[command] = {"exit": done.returncode, "said": done.stdout.strip().split("\n")[-1]}
+SEVEN = "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16"
+GPU = {  # the parts of the study, beside the training of a 7B
+    "speed": SEVEN + " --repeats 10 --json {to}/speed_gpu.json",
+    "compiled": SEVEN + " --keep 11.1% --words 2 --repeats 20 --compile --json {to}/speed_gpu_compiled.json",
+    "default": "train.py --overwrite --json --out {runs}/gpu",
+    "tests": "-m pytest -q",
+    "two": "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite --out {runs}/gpu-2"}
+
+
+def train_7b():
+    """Twenty steps of a random 7B by the papers' recipe: the memory that was planned, and what was used."""
     vlm, B = load("random:llava-1.5-7b", "cuda", torch.bfloat16), 4
     inputs = vlm.dummy_inputs(B, 40)
     inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (vlm.tokens + 20, 0), value=-100)  # captions of 20 tokens
     statistics = torch.zeros(vlm.width, device="cuda"), torch.eye(vlm.width, device="cuda")
     graph = vlm, Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda(), statistics
     learned = [*graph[1].parameters(), *graph[2].parameters()]
+    start = time.time()
     losses = descend(graph, [inputs], 64, PAPERS, learned, 2e-4, 20)
     planned = vlm.memory(sum(p.numel() for p in learned), B)
-    return {**result, "training": {"images at once": B, "planned GB": {k: v / 1e9 for k, v in planned.items()},
-                                   "used GB": torch.cuda.max_memory_allocated() / 1e9, "losses": losses}}
+    return {"images at once": B, "planned GB": {k: v / 1e9 for k, v in planned.items()}, "losses": losses,
+            "used GB": torch.cuda.max_memory_allocated() / 1e9, "seconds a step": (time.time() - start) / 20}
+
+
+def gpu(args):
+    """What needs a GPU, or only the parts that --variants names: a part that was not run keeps its last numbers."""
+    if not torch.cuda.is_available():
+        raise InputError("gpu: torch sees no GPU on this machine; run it where there is one")
+    result = json.loads(args.json.read_text())["gpu"] if args.json.exists() else {}
+    for name in args.variants or ["training", *GPU]:
+        if name == "training":
+            result[name] = train_7b()
+        elif name != "two" or torch.cuda.device_count() > 1:
+            command = [word.format(to=args.to.resolve(), runs=args.runs.resolve()) for word in GPU[name].split()]
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            result[name] = {"command": GPU[name], "exit": done.returncode, "said": done.stdout.strip().split("\n")[-1]}
+    return result
 
 
 STUDIES = {"fidelity": fidelity, "recipes": variants, "ablations": variants, "budgets": variants, "probes": probes,
@@ -354,7 +369,7 @@ def main():
     add("--seeds", type=int, help="of what is trained or drawn: 0 … n-1 (default: 3, fidelity: 5)")
     add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
     add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
-    add("--variants", nargs="+", metavar="NAME", help="of what is trained: only these")
+    add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
         "it is not trained again (default: out/study)")
     add("--questions", metavar="JSONL", help="fidelity: the questions (default: the embedded validation)")
