@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data.budget import Budget
 from data.coco import read_coco
-from data.files import ROOT, InputError, cli, read_image, write
+from data.files import ROOT, InputError, cli, portable, read_image, write
 from data.pruner import chooser, load_pruner
 from data.questions import read_questions
 from data.shapes.prepare import caption, draw_scene, prepare
@@ -352,7 +352,7 @@ def gpu(args):
         if name == "training":
             result[name] = train_7b()
         elif name != "two" or torch.cuda.device_count() > 1:
-            command = [word.format(to=args.to.resolve(), runs=args.runs.resolve()) for word in GPU[name].split()]
+            command = [word.format(to=portable(args.to), runs=portable(args.runs)) for word in GPU[name].split()]
             done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             result[name] = {"command": GPU[name], "exit": done.returncode, "said": done.stdout.strip().split("\n")[-1]}
     return result
