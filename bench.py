@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
+from data.arguments import number_type
 from data.files import InputError, cli
 from data.pruner import default_pruner, load_pruner
 from eval.criteria import average_pooling, cls_attention, criteria, pooled_grid
@@ -217,7 +218,7 @@ def main():
     if min(args.batch) < 1:
         raise InputError(f"--batch {min(args.batch)}: must be 1 or more")
     args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
-    vlm = load(args.model or load_pruner(default_pruner()[0])[1]["model"], args.device, DTYPES[args.dtype])
+    vlm = load(args.model or load_pruner(default_pruner()[0])[1]["model"], args.device, DTYPES[number_type(args)])
     if args.device == "meta":  # nothing runs, so there is nothing to time
         counted = {name: {"tflops": tflops} for name, (_, _, tflops) in rows_of(vlm, args).items()}
         made = {"model": vlm.name, "text": args.text, "rows": counted}

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaModel
 
-from data.arguments import check_inference
+from data.arguments import check_inference, number_type
 from data.files import InputError, cli, portable, read_image, write
 from data.pictures import seen_by_model, sheet
 from data.pruner import chooser, default_pruner, fingerprint, load_pruner
@@ -71,7 +71,7 @@ def load_pruned(args, kind=None):
     scorer, settings = load_pruner(folder)
     name = args.model or settings["model"]
     print(f"model {name}, pruner {args.pruner or portable(folder)} ({why})", file=sys.stderr)
-    vlm = (kind or load)(name, args.device, DTYPES[args.dtype])
+    vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py speed")
     if vlm.width != settings["width"]:

@@ -29,10 +29,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_device_arguments(parser):
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32",
-                        help="number type of the frozen VLM (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run "
+                        "(default here: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type of the frozen VLM (default: bfloat16 on a GPU, "
+                        "float32 elsewhere)")
 
 
 def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):

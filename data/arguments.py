@@ -1,5 +1,5 @@
 """
-The arguments of train.py and infer.py: checked before any work begins.
+The arguments of all programs: checked before any work begins.
 """
 import math
 import os
@@ -49,6 +49,12 @@ def add_training_arguments(ap, recipes):
     add("--json", action="store_true", help="print the results as JSON on the last line")
 
 
+def number_type(args):
+    """The name of --dtype. Where it was left out it becomes bfloat16 on a GPU, and float32 elsewhere."""
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args.dtype
+
+
 def check_training(args):
     """The arguments with every default filled in. InputError for a value that cannot be."""
     try:
@@ -58,6 +64,7 @@ def check_training(args):
     if args.keep.average:
         raise InputError(f"--keep {args.keep}: training keeps exactly as many in each picture; leave ~ out, and give "
                          "it at inference")
+    number_type(args)
     args.questions = args.questions or ("none" if args.data else FOLDER / "test.jsonl")
     args.model = args.model or ("llava-hf/llava-1.5-7b-hf" if args.data else "data/shapes/llava")
     args.steps = (4000 if args.data else 200) if args.steps is None else args.steps

@@ -115,9 +115,9 @@ def trained(args):
             folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
             only = re.search(r"only (\d+)", name)
             argv = ["--keep", only[1] if only else "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
-                    "--questions", "none", "--device", args.device, "--dtype", args.dtype]
-            argv += ["--steps", str(args.steps)] if args.steps else []
+                    "--questions", "none", "--device", args.device]
             asked, made = parse_arguments(argv), folder / "variant.json"
+            asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
             wanted = {field: str(getattr(asked, field)) for field in ("keep", "steps", "batch", "lr", "seed", "dtype")}
             for field, value in vars(variants[name]).items():
                 wanted[field] = getattr(value, "__name__", value)  # a function by its name
