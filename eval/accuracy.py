@@ -35,7 +35,7 @@ def right_or_wrong(vlm, rows, ways):
     choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A row is the mean of its
     choices. Each picture of a batch is encoded once, and each choice made once for all questions about it.
     """
-    batch, polar = 30_000 // (vlm.tokens or 3_600), yes_no(rows)
+    batch, polar = 50 * 576 // (vlm.tokens or 3600), yes_no(rows)  # as many tokens as of 50 pictures of LLaVA-1.5
     right, kept = ({name: [] for name in ways} for _ in range(2))
     for at in tqdm(range(0, len(rows), batch), desc="questions", dynamic_ncols=True, leave=False):
         part = rows[at:at + batch]

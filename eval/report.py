@@ -132,7 +132,15 @@ def flops(made):
 
 
 def gpu(made):
-    return ["```json\n" + json.dumps(made, indent=1) + "\n```"]
+    said, training = [], made.get("training")
+    if training:
+        planned, used = sum(training["planned GB"].values()), training["used GB"]
+        said.append(f"Training of the 7B, {training['images at once']} pictures a step, by the papers' recipe: "
+                    f"{planned:.1f} GB planned, {used:.1f} used, {training['seconds a step']:.2f} s a step.")
+    for name, part in made.items():
+        if name not in ("training", "speed", "compiled"):  # those two have files of their own
+            said.append(f"`python {part['command']}` ended with exit code {part['exit']}: {part['said']}")
+    return said
 
 
 SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": recipes, "ablations": recipes, "budgets": budgets,

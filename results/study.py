@@ -308,7 +308,7 @@ def ceiling(args):
             graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), keep_all, statistics
             descend(graph, [inputs], 16, OURS, [scores], 0.05, steps)
             keeps.append(select(scores.detach(), 16))
-        ways[name] = [lambda X, inputs, keeps=iter(keeps): next(keeps)]
+        ways[name] = [lambda X, inputs, rest=iter(torch.cat(keeps)): torch.stack([next(rest) for _ in X])]
         if name == "captions":
             alone = Scorer(vlm.width).to(device)
             alone.whiten(*statistics)
