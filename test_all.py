@@ -4,8 +4,6 @@ Each claim of the method against something that cannot share our bug. Run: pytho
 Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
 simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
 """
-import ast
-import copy
 import fcntl
 import functools
 import io
@@ -25,6 +23,8 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is tested on the CPU: autograd refuses to run in a fork that sees a GPU
 
 import pytest
 import torch
@@ -50,11 +50,12 @@ from data.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, criteria
 from model import Llava, load
-from results import draw, study
+from results import study
 from throttler import Attention, Scorer, select, select_diverse, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 TINY = ROOT / "data/shapes/llava"
 PICTURES = ROOT / "data/shapes/examples"
 EXAMPLES = sorted(PICTURES.glob("*.jpg"))
@@ -64,6 +65,8 @@ MOST = {"throttler.py": 240, "denoiser.py": 60, "model.py": 420, "train.py": 250
         "eval/serve.py": 80}  # lines
 FLOORS = [("throttler", "data"), ("model", "denoiser"), ("infer",), ("eval",), ("train", "bench"), ("results",)]
 TEMPLATE = (TINY / "chat_template.jinja").read_text()
+EVIL = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"),
+                                  "evil.Evil"), "processor_class": "Evil"}
 QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
 CAPTIONS = ["One shape.", "Two.", "Three shapes: a red"]
 VOCAB = json.loads((TINY / "config.json").read_text())["text_config"]["vocab_size"]
@@ -87,6 +90,7 @@ TINY_CONFIGS = {
         text_config={**LLAMA, "model_type": "qwen2_5_vl_text", "vocab_size": VOCAB + 1, "rope_parameters": MROPE}),
 }
 SIZES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
+SCENES = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
 PICTURE = EXAMPLES[0]
 SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--keep", 16, "--device", "cpu")
 close = functools.partial(torch.testing.assert_close, rtol=0)
@@ -102,13 +106,6 @@ def vlm():
     return load(TINY)
 
 
-@pytest.fixture(scope="module")
-def scene(vlm):
-    """Three pictures and their features."""
-    inputs = vlm.inputs([read_image(p) for p in EXAMPLES[:3]], ["?"] * 3)
-    return inputs, vlm.encode(inputs)
-
-
 def run(main, *argv):
     """main() under these arguments."""
     with pytest.MonkeyPatch.context() as patch:
@@ -121,10 +118,6 @@ def complaint(words, f, *args, **options):
     with pytest.raises(InputError, match=words) as e:
         f(*args, **options)
     assert "\n" not in str(e.value).strip() and len(str(e.value)) < 600
-
-
-def three_pictures():
-    return [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module", params=TINY_CONFIGS)
@@ -154,7 +147,7 @@ def backbone(request, tmp_path_factory):
         if type(norm).__name__.endswith("RMSNorm"):  # the stock one rounds to float32 inside
             norm.forward = functools.partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
                                              eps=norm.variance_epsilon)
-    inputs = vlm.inputs(three_pictures(), QUESTIONS, CAPTIONS)
+    inputs = vlm.inputs(SCENES, QUESTIONS, CAPTIONS)
     return vlm, inputs, vlm.encode(inputs)
 
 
@@ -230,7 +223,7 @@ def test_alpha_becomes_the_selection_as_tau_falls_in_any_type():
             f(scores, K)
 
 
-# --- the noise gate -------------------------------------------------------------------------------------------------
+# --- the noise gate, the denoiser -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def features(vlm):
@@ -245,12 +238,10 @@ def covariance(X):
 
 def test_gate_preserves_mean_and_covariance(features):
     X, (mean, L), C = features, (t.double() for t in whitening(features)), covariance(features)
-    eigenvalues = torch.linalg.eigvalsh(C)
-    assert eigenvalues.sum() ** 2 / eigenvalues.square().sum() < 32, "these features should be of low effective rank"
     close(L @ L.T, C, atol=1e-6 * C.diagonal().max().item(), rtol=1e-4)
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
         gated = vp_gate(X, torch.full(X.shape[:2], share, dtype=X.dtype), mean, L)
-        # 14,400 tokens of an effective rank below 32: a sampling error of about √(32/14400) = 5 %
+        # 14,400 tokens of an effective rank below 32 have a sampling error of about √(32/14400) = 5 %
         assert (covariance(gated) - C).norm() / C.norm() < 0.06
         assert (gated.mean((0, 1)) - mean).norm() / C.trace().sqrt() < 0.02
         if share == 0:
@@ -286,8 +277,6 @@ def test_channel_noise_leaks_and_whitened_noise_does_not(features):
     assert abs(explained(L) - a) < 0.02
     assert abs(explained(D.sqrt()) - closed) < 0.02 and closed > 3 * a
 
-
-# --- the denoiser ---------------------------------------------------------------------------------------------------
 
 def test_both_attentions_are_torchs_own():
     x, diagonal, ours = torch.randn(2, 11, 128), DiagonalAttention(128), Attention(128)
@@ -332,41 +321,27 @@ def test_greedy_choices_are_their_definitions_written_out():
     ways = select_diverse(*padded, K), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7, quality.expand(3, -1))
     for s, x, *chosen in zip(scores, F.normalize(X.double(), dim=-1), *ways):
         z, far, L = (s - s.mean()) / s.std(correction=0), 1 - x @ x.T, x @ x.T * quality.outer(quality)
-
-        def high_and_far(i, kept):
-            return math.exp(z[i] / 2) * min([far[i, j].item() for j in kept], default=1)
-
-        def far_alone(i, kept):
-            return min(far[i, j].item() for j in kept or set(range(20)) - {i})
-
-        def determinant(i, kept):
-            return torch.logdet(L[[*kept, i]][:, [*kept, i]]).item()
-
-        for keep, value in zip(chosen, (high_and_far, far_alone, determinant)):
+        values = (lambda i, kept: math.exp(z[i] / 2) * min([far[i, j].item() for j in kept], default=1),
+                  lambda i, kept: min(far[i, j].item() for j in kept or set(range(20)) - {i}),
+                  lambda i, kept: torch.logdet(L[[*kept, i]][:, [*kept, i]]).item())
+        for keep, value in zip(chosen, values):
             kept = []
             while len(kept) < (keep >= 0).sum():
                 kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
-            assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept), value
+            assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept)
     assert [(row >= 0).sum() for row in ways[0]] == K.tolist()
     twins = torch.ones(2, 30, 3)
     for keep in (select_diverse(torch.randn(2, 30), twins, 20), criteria.dpp(twins, 20)):
         assert keep.shape == (2, 20) and (keep.diff(dim=1) > 0).all(), "no token twice, even if all are alike"
 
 
-def test_a_threshold_keeps_what_lies_above_it():
-    z = standardised(F.pad(torch.randn(7, 40) ** 3, (0, 5), value=-torch.inf))
-    for total in (7 * 5, 7 * 12, 1, 7 * 40):
-        T = threshold(z.flatten(), total)
-        assert (z > T).sum() == total
-        for row, kept in zip(z, select(z, count_above(z, T))):
-            above = (row > T).nonzero().flatten().tolist() or [row.argmax().item()]  # in their order, at least one
-            assert kept.tolist() == (len(kept) - len(above)) * [-1] + above
-
-
-def test_hardness_is_the_mean_of_the_largest_weights():
+def test_hardness_is_the_mean_of_the_largest_weights_and_coherence_the_mean_cosine_between_gradients():
     alpha = torch.tensor([[0.9, 0.1, 0.6, 0.4], [1.0, 0.0, 1.0, 0.0]])
     assert hardness_of(alpha, 2).tolist() == pytest.approx([0.75, 1.0])
     assert hardness_of(alpha, torch.tensor([1, 4])).tolist() == pytest.approx([0.9, 0.5])
+    a, b = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
+    assert study.coherence([a, b]) == pytest.approx(0.5 ** 0.5)
+    assert study.coherence([a, b, 5 * a]) == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3)
 
 
 def test_scorer_reads_whitened_tokens(features):
@@ -381,7 +356,7 @@ def test_scorer_reads_whitened_tokens(features):
     assert scorer(torch.ones(1, 5, 128)).isfinite().all()
 
 
-# --- the training graph -----------------------------------------------------------------------------------------------
+# --- the training graph, the scenes -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_scorer_gradient_is_finite_differences_through_everything(backbone, name, monkeypatch):
@@ -421,8 +396,6 @@ def test_papers_recipe_is_the_papers_to_the_letter():
     falling = [0.1 + 1.9 * (1 + math.cos(math.pi * 2 * t)) / 2 for t in (0, 0.125, 0.25, 0.375)]
     assert [papers.tau(t) for t in (0, 0.125, 0.25, 0.375, 0.5, 1)] == pytest.approx([*falling, 0.1, 0.1])
 
-
-# --- the embedded default ---------------------------------------------------------------------------------------------
 
 def test_scenes_are_unambiguous_and_splits_disjoint():
     scenes = [shapes.draw_scene(f"{split}-{i}") for split in (*shapes.SPLITS, "pretrain") for i in range(24)]
@@ -478,19 +451,28 @@ def log_of(out):
     return [json.loads(line) | {"seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, tiny, monkeypatch):
-    whole, killed, resume = tmp_path / "whole", tmp_path / "out", []
-    assert in_a_process(lambda: tiny("--out", whole)) == 0
-    for place in ((torch.nn.utils, "clip_grad_norm_"), (os, "fsync"), (train, "held_out_losses")):
+def test_killed_and_stopped_five_times_it_ends_as_if_it_had_not_been(tmp_path, tiny, monkeypatch):
+    """A kill costs the step. A first SIGTERM or SIGINT lets it end, and saves before --save-every says so."""
+    whole, killed, argv = tmp_path / "whole", tmp_path / "out", ["--steps", 9, "--watch", EXAMPLES[0]]
+    assert in_a_process(lambda: tiny(*argv, "--out", whole)) == 0
+    clip = torch.nn.utils, "clip_grad_norm_", 2
+    for number, place, every, code, step in (
+            (signal.SIGKILL, clip, 1, -9, 1), (signal.SIGKILL, (os, "fsync", 2), 1, -9, 1),
+            (signal.SIGKILL, (train, "held_out_losses", 2), 1, -9, 4),
+            (signal.SIGTERM, clip, 100, 143, 6), (signal.SIGINT, clip, 100, 130, 8)):
         with monkeypatch.context() as patch:
-            signal_on_call(patch, signal.SIGKILL, *place, 2)
-            assert in_a_process(lambda: tiny(*resume)) == -signal.SIGKILL, place
-        resume = ["--resume"]
-    assert in_a_process(lambda: tiny("--resume", "--workers", 1)) == 0
-    for name in ("scorer.safetensors", "checkpoint.safetensors"):
-        a, b = load_file(whole / name), load_file(killed / name)
-        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), name
-    assert log_of(whole) == log_of(killed) and len(log_of(whole)) == 4
+            signal_on_call(patch, number, *place)
+            assert in_a_process(lambda: tiny(*argv, "--save-every", every)) == code, place
+        assert running.read_checkpoint(killed / "checkpoint.safetensors")[1]["step"] == step
+        argv = [*argv, "--resume"]
+    assert in_a_process(lambda: tiny(*argv, "--workers", 1)) == 0
+    a, b = ({k: t for name in ("scorer", "checkpoint") for k, t in load_file(out / f"{name}.safetensors").items()}
+            for out in (whole, killed))
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert log_of(whole) == log_of(killed) and len(log_of(whole)) == 5
+    frames, same = (json.loads((out / "watched.json").read_text())["frames"] for out in (whole, killed))
+    assert frames == same and [at["step"] for at in frames] == list(range(9))
+    assert all(sum(at["alpha"][0]) == pytest.approx(20, abs=0.01) for at in frames)
 
 
 def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
@@ -512,38 +494,14 @@ def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
             assert a == pytest.approx(b, rel=2e-4)
 
 
-def test_what_is_watched_becomes_a_moving_picture(tmp_path, tiny):
-    complaint("none.jpg", tiny, "--watch", EXAMPLES[0], "none.jpg")
-    tiny("--watch", EXAMPLES[0], EXAMPLES[1])
-    frames = json.loads((tmp_path / "out/watched.json").read_text())["frames"]
-    assert [at["step"] for at in frames] == list(range(6)) and frames[0]["alpha"] != frames[5]["alpha"]
-    assert all([sum(alpha) for alpha in at["alpha"]] == pytest.approx([20, 20], abs=0.01) for at in frames)
-    complaint("--watch", tiny, "--resume", "--watch", EXAMPLES[2])
-    draw.training(tmp_path / "out")
-    assert Image.open(tmp_path / "out/training.gif").n_frames > 1
-
-
 def test_a_shard_is_half_of_every_layer():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        vlm, processes = load(TINY), SimpleNamespace(world=2, device="cpu")
-        whole, layers = vlm.memory(0, 1)["frozen"], vlm.model.model.language_model.layers
-        half = sum(p.nbytes for p in layers.parameters()) / 2
-        Processes.shard(processes, vlm)
-        assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])
-def test_a_signal_ends_a_run_after_the_step(tmp_path, tiny, monkeypatch, capsys, number, code):
-    signal_on_call(monkeypatch, number, torch.nn.utils, "clip_grad_norm_", 2)
-    with pytest.raises(SystemExit, match=code):
-        tiny("--save-every", 100)
-    assert "--resume" in capsys.readouterr().err
-    _, state = running.read_checkpoint(tmp_path / "out/checkpoint.safetensors")
-    assert state["step"] == 2
-    tiny("--resume")
+    vlm = load(TINY)
+    whole, layers = vlm.memory(0, 1)["frozen"], vlm.model.model.language_model.layers
+    half = sum(p.nbytes for p in layers.parameters()) / 2
+    Processes.shard(SimpleNamespace(world=2, device="cpu"), vlm)
+    dist.destroy_process_group()
+    assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
 
 
 def test_a_run_is_not_lost(tmp_path, tiny):
@@ -557,7 +515,8 @@ def test_a_run_is_not_lost(tmp_path, tiny):
     tiny("--steps", 1)
     state = {f.name: f.read_bytes() for f in out.iterdir()}
     complaint("--overwrite", tiny)
-    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--recipe", "papers")):
+    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--recipe", "papers"),
+                        ("--watch", PICTURE)):
         complaint(f"^{flag}", tiny, "--steps", 1, "--resume", flag, value)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -572,8 +531,9 @@ def test_a_run_is_not_lost(tmp_path, tiny):
     ("train --keep 0", "--keep '0' is no budget"), ("train --keep 145", "145: .*144 visual tokens"),
     ("train --keep ~16", "~16"), ("train --steps 0", "--steps 0"), ("train --lr inf", "--lr inf"),
     ("train --seed 18446744073709551616", "--seed"), ("train --workers -1", "--workers"),
-    ("train --questions none.jsonl", "none.jsonl"), ("train --data no.json", "no.json"),
-    ("train --model ./no/such", "no/such"), ("train --out LICENSE", "--out"), ("train --device meta", "random:"),
+    ("train --questions none.jsonl", "none.jsonl"), ("train --watch a.jpg", "a.jpg"),
+    ("train --data no.json", "no.json"), ("train --model ./no/such", "no/such"), ("train --out LICENSE", "--out"),
+    ("train --device meta", "random:"),
     ("infer PICTURE ? --device cuda:99", "cuda:99"), ("infer PICTURE ? --device toaster", "--device cpu"),
     ("infer gone.jpg ?", "gone.jpg"), ("infer -", "standard input"), ("infer", "picture"),
     ("infer --questions q", "--answers"), ("infer PICTURE ? --keep 0", "--keep"), ("infer PICTURE ? --keep 145", "144"),
@@ -604,8 +564,8 @@ def test_processes_that_cannot_work_together_are_refused(vlm, monkeypatch):
 
 
 def test_schedules_clipping_and_budgets_reach_the_optimizer(tiny, monkeypatch):
-    lrs, norms, budgets, tokens, saved = [], [], [], [], []
-    step, forward, whiten, save = torch.optim.AdamW.step, train.forward, train.whitening, running.Run.save
+    lrs, norms, budgets, tokens = [], [], [], []
+    step, forward, whiten = torch.optim.AdamW.step, train.forward, train.whitening
 
     def spy(self):
         lrs.append(self.param_groups[0]["lr"])
@@ -620,13 +580,12 @@ def test_schedules_clipping_and_budgets_reach_the_optimizer(tiny, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr(train, "forward", steep)
     monkeypatch.setattr(train, "whitening", lambda X: tokens.append(len(X)) or whiten(X))
-    monkeypatch.setattr(running.Run, "save", lambda self, step: saved.append(step) or save(self, step))
-    tiny("--steps", 12, "--lr", 1e-4, "--eval-every", 20, "--save-every", 5)
+    tiny("--steps", 12, "--lr", 1e-4, "--eval-every", 20)
     assert lrs == pytest.approx([1e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)])
     assert norms == pytest.approx([1.0] * 12, rel=1e-3), "every gradient is longer than 1, and clipped to it"
     assert min(budgets) < 15 and max(budgets) > 27 and all(10 <= K <= 40 for K in budgets)
     assert abs(math.log2(budgets[0] / 20) - random.Random("0 budget 0").uniform(-1, 1)) < 0.1
-    assert tokens == [5 * 32] and saved == [0, 5, 10, 12], "32 tokens of each training image"
+    assert tokens == [5 * 32], "32 tokens of each training image"
 
 
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch):
@@ -641,7 +600,8 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
 
 
-def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, tiny, capsys):
+def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, tiny, capsys, monkeypatch):
+    """One is cut off; the other is read, and then refused by the model's processor."""
     images = shutil.copytree(PICTURES, tmp_path / "images")
     training, _ = coco_files.split(coco_files.read_coco(captions_file(tmp_path), images), 0)
     argv = ["--images", images, "--steps", 2, "--batch", 5, "--workers", 1, "--overwrite"]
@@ -649,7 +609,14 @@ def test_an_unreadable_image_is_skipped_and_two_of_six_stop_the_run(tmp_path, ti
     first.write_bytes(first.read_bytes()[:500])
     tiny(*argv)
     assert f"unreadable images, 1, each replaced by the next: {first}" in capsys.readouterr().err
-    second.write_bytes(b"")
+    refused, kind = read_image(second), CLIPImageProcessorPil
+    call = kind.__call__
+
+    def picky(self, images, *a, **kw):
+        if refused in (images if isinstance(images, list) else [images]):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return call(self, images, *a, **kw)
+    monkeypatch.setattr(kind, "__call__", picky)
     complaint(f"2 of 5 images could not be read.*{min(first, second)}.*{max(first, second)}", tiny, *argv)
 
 
@@ -674,21 +641,9 @@ def test_files_are_small_and_every_import_goes_down():
     for path in files:
         mine, lines = path.relative_to(ROOT).with_suffix("").parts[0], path.read_text().splitlines()
         assert len(lines) <= MOST.get(str(path.relative_to(ROOT)), 400) and max(map(len, lines)) <= 120, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in (n.split(".")[0] for n in names):
-                if name in floor:
-                    beside = name == mine or (mine, name) == ("data", "throttler")
-                    assert floor[name] < floor[mine] or beside, (path, name)
-
-
-def stock(vlm, inputs):
-    """The same, as the stock model takes it."""
-    plain = {k: v for k, v in inputs.items() if k not in ("valid", "newline", "patches", "grid", "position_ids")}
-    if "image_grid_thw" in inputs:
-        plain["mm_token_type_ids"] = (inputs["input_ids"] == vlm.image_id).int()
-    return plain
+        for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.M):
+            beside = name == mine or (mine, name) == ("data", "throttler")
+            assert beside or name not in floor or floor[name] < floor[mine], (path, name)
 
 
 def logits_of(vlm, sequence):
@@ -699,7 +654,10 @@ def logits_of(vlm, sequence):
 
 def test_pruning_is_the_stock_model_with_pruned_tokens_masked(backbone):
     vlm, inputs, X = backbone
-    full, plain, valid = vlm.embed(inputs, X), stock(vlm, inputs), real(inputs, X)
+    plain = {k: v for k, v in inputs.items() if k not in ("valid", "newline", "patches", "grid", "position_ids")}
+    if "image_grid_thw" in inputs:
+        plain["mm_token_type_ids"] = (inputs["input_ids"] == vlm.image_id).int()
+    full, valid = vlm.embed(inputs, X), real(inputs, X)
     close(logits_of(vlm, full), logits_of(vlm, plain), atol=1e-8)
     close(vlm.loss(inputs, X), vlm.model(**plain).loss.double(), atol=2e-6)
     every = torch.arange(X.shape[1]).expand(len(X), -1).masked_fill(~valid, -1).sort(1).values
@@ -716,18 +674,6 @@ def test_pruning_is_the_stock_model_with_pruned_tokens_masked(backbone):
         assert (logits_of(vlm, mistake) - logits_of(vlm, oracle)).abs().max() > 1e-3
     told = [vlm.processor.tokenizer.decode(row[row != -100]).strip() for row in inputs["labels"]]
     assert told == [caption + "</s>" for caption in CAPTIONS], "labels are the caption and the end of text"
-
-
-def test_a_batch_is_what_its_pictures_are_one_by_one(backbone):
-    """Features and scores; answers below, by ask()."""
-    (vlm, inputs, X), scorer = backbone, Scorer(backbone[0].width).double()
-    z = standardised(scorer(X, inputs.get("valid")))
-    for i, picture in enumerate(three_pictures()):
-        x = vlm.encode(vlm.inputs([picture], ["?"]))
-        N = vlm.tokens or inputs["valid"][i].sum()
-        assert x.shape == (1, N, vlm.width) and not X[i, N:].any() and z[i, N:].isneginf().all()
-        close(x[0], X[i, :N], atol=1e-9)
-        close(standardised(scorer(x))[0], z[i, :N], atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(backbone):
@@ -748,51 +694,34 @@ def test_gradient_checkpointing_changes_nothing(backbone):
 def test_a_box_is_where_its_token_looks(backbone):
     """A picture that is white in one box only: of all patches of its view, that token's is the brightest."""
     vlm, first = backbone[0], int(backbone[0].tokens == 17)  # 17: with the class token of 'full'
-    for width, height in SIZES[:1] if vlm.tokens else SIZES:  # LLaVA-1.5 crops to a square, and speaks of that
-        dark = vlm.inputs([Image.new("RGB", (width, height))], ["?"])
+    for size in SIZES[:1] if vlm.tokens else SIZES:  # LLaVA-1.5 crops to a square, and speaks of that
+        dark = vlm.inputs([Image.new("RGB", size)], ["?"])
         boxes, N = vlm.boxes(dark), vlm.encode(dark).shape[1]
         assert boxes.shape == (N, 4) and (boxes[:first] == 0).all() and (boxes[first:, 2:] > boxes[first:, :2]).all()
         for i in range(first, N, 5):
-            picture = Image.new("RGB", (width, height))
-            picture.paste("white", [round(share * side) for share, side in zip(boxes[i].tolist(), 2 * (width, height))])
-            light, number = vlm.inputs([picture], ["?"])["pixel_values"] - dark["pixel_values"], i - first
+            picture = Image.new("RGB", size)
+            picture.paste("white", [round(share * side) for share, side in zip(boxes[i].tolist(), 2 * size)])
+            light = vlm.inputs([picture], ["?"])["pixel_values"] - dark["pixel_values"]
             if "grid" in dark:
                 light = light.view(N, -1).sum(1)
             else:  # (tiles, 3, 32, 32) -> (patches of all tiles,)
                 light = light.unflatten(2, (4, 8)).unflatten(4, (4, 8)).sum((1, 3, 5)).flatten()
             if "patches" in dark:  # the whole picture comes first, then its tiles
-                number = dark["patches"][0, i].item()
-                light[slice(16, None) if number < 16 else slice(16)] = -1
-            assert light.argmax() == number and light[number] > 0
-
-
-@pytest.mark.parametrize("name, parameters, N, newlines", [
-    ("llava-1.5-7b", 7063427072, 576, 0), ("llava-next-7b", 7063431168, 576 + 48 * 48, 48),
-    ("qwen2.5-vl-3b", 3754622976, 24 * 24, 0), ("qwen2.5-vl-7b", 8292166656, 24 * 24, 0)])
-def test_random_architectures_have_the_published_sizes(name, parameters, N, newlines):
-    vlm = load("random:" + name, "meta", torch.bfloat16)
-    assert sum(p.numel() for p in vlm.model.parameters()) == parameters
-    assert {(p.dtype, p.device.type) for p in vlm.model.parameters()} == {(torch.bfloat16, "meta")}
-    inputs = vlm.dummy_inputs(2, 95)
-    X = vlm.encode(inputs)
-    assert X.shape == (2, N, vlm.width)
-    sequence = vlm.embed(inputs, X, torch.zeros(2, 9, dtype=torch.long, device="meta"))
-    assert sequence["inputs_embeds"].shape[1] == 95 + 9 + newlines
+                light = light[dark["patches"][0]]
+                light[slice(16, None) if i < 16 else slice(16)] = -1
+            assert light.argmax() == i - first and light.max() > 0
 
 
 def test_the_memory_plan_is_what_autograd_keeps(vlm):
     """Nothing of the encoder, and logits at the caption only."""
-    inputs, scorer, denoiser, kept = vlm.inputs(three_pictures(), QUESTIONS, CAPTIONS), Scorer(128), Denoiser(128), {}
+    inputs, scorer, denoiser, kept = vlm.inputs(SCENES, QUESTIONS, CAPTIONS), Scorer(128), Denoiser(128), {}
     graph = vlm, scorer, denoiser, whitening(vlm.encode(inputs)), inputs, torch.randn(3, 144, 128)
     weights = {p.data_ptr() for module in (vlm.model, scorer, denoiser) for p in module.state_dict().values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id):
         loss, _ = train.forward(*graph, Budget(16), 0.5, train.RECIPES["papers"])
     used = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
-    plan = vlm.memory(learned=1000, B=3)
-    assert loss.requires_grad and 0.6 * plan["activations"] < used < 1.2 * plan["activations"]
-    assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters()) and plan["learned"] == 16000
-    free = plan["learned"] + 2.5 / 3 * plan["activations"]  # two and a half images
-    assert [vlm.images_that_fit(1000, free * part / 0.9) for part in (1, 0.01)] == [2, 0]
+    planned = vlm.memory(learned=1000, B=3)["activations"]
+    assert loss.requires_grad and 0.6 * planned < used < 1.2 * planned
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -809,22 +738,17 @@ def changed(folder, file, content):
         for key, value in content.items():
             old[key] = old.get(key, {}) | value if isinstance(value, dict) else value
         path.write_text(json.dumps(old))
-    else:
-        (name, value), tensors = *content.items(), load_file(path)
-        tensor = tensors.pop(name)
-        if value is not None:  # a number to fill it with
-            tensors[name] = tensor.fill_(value)
-        save_file(tensors, path, {"format": "pt"})
+    else:  # the tensors of these names are multiplied by a number
+        save_file({k: t * content.get(k, 1) for k, t in load_file(path).items()}, path, {"format": "pt"})
     return path.parent
 
 
 def said_by(vlm):
-    inputs = vlm.inputs(three_pictures(), QUESTIONS)
+    inputs = vlm.inputs(SCENES, QUESTIONS)
     return inputs["input_ids"].tolist(), vlm.generate(inputs, vlm.encode(inputs), max_new_tokens=8)
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("model.safetensors", {"language_model.lm_head.weight": None}, "lm_head.weight is missing"),
     ("model.safetensors", {"language_model.lm_head.weight": math.nan}, "--dtype float32"),
     ("model.safetensors", {"vision_tower.vision_model.pre_layrnorm.weight": math.inf}, "--dtype float32"),
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
@@ -833,6 +757,7 @@ def said_by(vlm):
     ("config.json", "[]", "reading config.json"),
     ("config.json", {"model_type": "blip"}, "'blip'.*llava, llava_next, qwen2_5_vl"),
     ("config.json", {"text_config": {"num_hidden_layers": 1}}, r"layers\.1\.\S+ is not in the model"),
+    ("config.json", {"text_config": {"num_hidden_layers": 9}}, r"layers\.4\.\S+ is missing"),
     ("config.json", {"text_config": {"vocab_size": 390}}, r"lm_head.weight is \(\d+, \d+\) .*\(390, \d+\)"),
     ("config.json", {"text_config": {"model_type": "mistral", "sliding_window": 64}}, "sliding"),
     ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
@@ -846,10 +771,6 @@ def said_by(vlm):
 def test_a_faulty_model_is_refused_in_one_line_that_names_it(file, content, words, tmp_path):
     folder = changed(tmp_path, file, content)
     complaint(f"^{re.escape(str(folder))}.*{words}", load, folder)
-
-
-EVIL = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"),
-                                  "evil.Evil"), "processor_class": "Evil"}
 
 
 @pytest.mark.parametrize("file, content", [
@@ -876,10 +797,12 @@ def test_a_loaded_model_is_taken_with_its_processor(vlm):
     assert theirs.model is loaded and not any(p.requires_grad for p in loaded.parameters())
     assert said_by(theirs) == said_by(vlm)
     complaint("processor=", load, loaded)
+    theirs.processor.tokenizer.add_tokens(["zebra"])
+    complaint("get both of one model", theirs.inputs, SCENES[:1], ["Is it a zebra?"])
 
 
 def test_what_the_model_cannot_take_is_refused(backbone, monkeypatch):
-    (vlm, inputs, X), picture, fits, longer = backbone, three_pictures()[:1], "é" * 10, "é" * 11
+    (vlm, inputs, X), picture, fits, longer = backbone, SCENES[:1], "é" * 10, "é" * 11
     broken = X.index_fill(1, torch.tensor([0]), math.nan)
     assert vlm.loss(inputs, broken).isnan()
     complaint("--dtype float32", vlm.generate, inputs, broken)
@@ -893,17 +816,8 @@ def test_what_the_model_cannot_take_is_refused(backbone, monkeypatch):
         monkeypatch.setattr(vlm, "context", (ids != vlm.image_id).sum().item())
     vlm.check_text(fits, "line 7")
     complaint("line 7 is longer", vlm.check_text, longer, "line 7")
-
-
-def test_tokens_beyond_the_embedding_are_refused():
-    vlm = load(TINY)
-    vlm.processor.tokenizer.add_tokens(["zebra"])
-    complaint("get both of one model", vlm.inputs, three_pictures()[:1], ["Is it a zebra?"])
-
-
-def test_a_prompt_without_a_place_for_each_token_fails_its_trial(backbone, monkeypatch):
-    vlm, inputs, _ = backbone
     part, name = (vlm.processor.image_processor, "merge_size") if "grid" in inputs else (vlm.processor, "patch_size")
+    monkeypatch.undo()
     monkeypatch.setattr(part, name, 4)
     complaint("the model: (.* places for|a trial fails)", one_line("the model", "a trial")(vlm.trial))
 
@@ -918,19 +832,18 @@ def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
     assert list(read_image(tmp_path / f"deep{suffix}").convert("L").tobytes()) == pytest.approx([0, 127.5, 255], abs=1)
 
 
-def test_one_grey_of_sixteen_bits_may_be_transparent(tmp_path):
+def test_what_is_transparent_is_white(tmp_path):
+    """A black square on a transparent black ground; and one grey of sixteen bits, by which PNG may say transparent."""
+    square = Image.new("L", (8, 8))
+    square.paste(255, (2, 2, 6, 6))
+    for mode in ("RGBA", "LA"):
+        image = Image.new(mode, (8, 8))
+        image.putalpha(square)
+        image.save(tmp_path / "logo.png")
+        assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
     samples = struct.pack("<3H", 1000, 0, 65535)
     Image.frombytes("I;16", (3, 1), samples).save(tmp_path / "grey.png", transparency=1000)
     assert list(read_image(tmp_path / "grey.png").convert("L").tobytes()) == [255, 0, 255]
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_what_is_transparent_is_white(tmp_path, mode):
-    image, square = Image.new(mode, (8, 8)), Image.new("L", (8, 8))  # a black square on a transparent black ground
-    square.paste(255, (2, 2, 6, 6))
-    image.putalpha(square)
-    image.save(tmp_path / "logo.png")
-    assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
 
 
 def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
@@ -963,14 +876,12 @@ def test_frames_are_as_bright_as_alpha_and_sheets_show_the_highest_in_red_and_th
     picture = pictures.frame(Image.new("RGB", (40, 20)), boxes, torch.tensor([1, 1, 0.5, 0, 0.2, 0.1]))
     levels = [picture.getpixel(at)[0] for at in ((5, 5), (25, 5), (5, 15), (25, 15))]
     assert levels == pytest.approx([204 * (1 - alpha) for alpha in (1, 0.5, 0.1, 0.2)], abs=2)
-    X, scores = torch.tensor([[9, 9], [1, 0], [1, 0], [0, 1], [2, 0.0]]), torch.tensor([0.0, 5, 1, 2, -1])
-    image, grey = Image.new("RGB", (50, 50), (128, 128, 128)), (128, 128, 128)
-    sheet = pictures.sheet(image, boxes[:5], scores, torch.tensor([1]), X, "Why?", "ab", side=100)
-    kept, colored, matrix = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in
-                              ((35, 25), (85, 25), (85, 75))] for panel in range(3))
-    assert kept[0] == grey and min(kept[1]) > 200 and kept[2] == kept[1]
-    assert colored[0][0] > colored[0][2] + 50 and colored[1] == grey and colored[2][2] > colored[2][0] + 50
-    assert matrix == 3 * [pictures.HEAT[2]], "both have one direction"
+    scores, image = torch.tensor([0.0, 5, 1, 2, -1]), Image.new("RGB", (50, 50), (128, 128, 128))
+    sheet = pictures.sheet(image, boxes[:5], scores, torch.tensor([1]), torch.rand(5, 2), "Why?", "ab", side=100)
+    kept, colored = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in ((35, 25), (85, 75))]
+                     for panel in range(2))
+    assert kept[0] == (128, 128, 128) and min(kept[1]) > 200
+    assert colored[0][0] > colored[0][2] + 50 and colored[1][2] > colored[1][0] + 50
 
 
 def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
@@ -984,16 +895,13 @@ def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "link.json", "pipe.json", "real.json"]
 
 
-@pytest.mark.parametrize("code, status, out", [
-    ("print('café')", 0, b"caf\\xe9\n"), ("raise files.InputError('é ' * 999)", 2, b""),
-    ("import time; print('a', flush=True); time.sleep(0.5); print('b' * 10**6)", 141, b"a\n")])
-def test_odd_terminals_end_no_run_with_a_traceback(code, status, out):
+@pytest.mark.parametrize("code, status, out", [("print('café')", 0, b"caf\\xe9\n"),
+                                               ("raise files.InputError('é ' * 999)", 2, b"")])
+def test_a_script_ends_with_one_line_and_its_code_on_any_terminal(code, status, out):
     program = f"from data import files\ndef main():\n    {code}\nfiles.cli(main)"
-    environment, pipe = {**os.environ, "PYTHONIOENCODING": "ascii"}, subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe)
-    assert process.stdout.readline() == out
-    process.stdout.close()  # the reader goes away
-    assert process.stderr.read().count(b"\n") == (status == 2) and process.wait() == status
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (status, out, status // 2)
 
 
 # --- question files, captions -----------------------------------------------------------------------------------------
@@ -1057,8 +965,8 @@ def answer(tmp_path, vlm, monkeypatch):
 def test_a_killed_question_file_continues_where_it_stopped(answer, vlm, tmp_path, capsys, monkeypatch):
     whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     answer(whole, "--json")
-    out, rows = capsys.readouterr().out, [json.loads(line) for line in whole.read_text().splitlines()]
-    assert f"/q.jsonl --result-file {whole}" in out and '"questions": 6' in out.splitlines()[-1]
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["questions"] == 6
     assert [row["question_id"] for row in rows] == list(range(6)) and rows[0]["metadata"]["keep"] == "16"
     with monkeypatch.context() as patch:
         signal_on_call(patch, signal.SIGKILL, vlm, "generate", 3)
@@ -1078,8 +986,6 @@ def test_answers_replace_nothing_else_and_two_runs_do_not_mix(answer, tmp_path, 
     link.symlink_to("real.jsonl")
     answer(link)
     assert link.is_symlink() and real.read_text().count("\n") == 6
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    complaint("no ordinary file", answer, tmp_path / "pipe.jsonl")
     note.write_text("a note\n")
     complaint("no answer file", answer, note)
     complaint(r"keep 16 \(now 20\)", answer, real, "--keep", 20)
@@ -1130,24 +1036,6 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
     assert ordered[0][2:] == (PICTURE.name, [str(tmp_path / "bad.jpg")]) and ordered[3][2] == EXAMPLES[2].name
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_the_processor_refuses_counts_as_unreadable(vlm, monkeypatch, workers):
-    kind, refused = type(vlm.processor.image_processor), read_image(EXAMPLES[1])
-    call = kind.__call__
-
-    def picky(self, images, *a, **kw):
-        if refused in (images if isinstance(images, list) else [images]):
-            raise ValueError("absolute aspect ratio must be smaller than 200")
-        return call(self, images, *a, **kw)
-    monkeypatch.setattr(kind, "__call__", picky)
-    data, skipped = coco_files.Captions([(path, [path.name]) for path in EXAMPLES]), set()
-    (g, inputs, n), (_, _, none) = coco_files.load_batches(vlm, data, [[0, 1], [2, 3]], "Describe.", workers, skipped)
-    assert list(g) == [0, 1] and (n, none) == (1, 0) and skipped == {str(EXAMPLES[1])}
-    told = vlm.processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    assert [text.split()[-1] for text in told] == ["00000.jpg", "00002.jpg"]
-    complaint("^a question has <image>", list, coco_files.load_batches(vlm, data, [[0]], "<image>", workers, skipped))
-
-
 # --- a pruner, infer.py -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, tensors, changes", [
@@ -1164,7 +1052,14 @@ def test_bad_pruners_are_named_before_memory_is_taken(words, tensors, changes, t
     complaint(words, pruner.load_pruner, tmp_path)  # 10⁹ squared would take 4 exabytes
 
 
-def test_a_budget_on_average_goes_by_the_table():
+def test_a_threshold_keeps_what_lies_above_it_and_a_budget_on_average_goes_by_a_table_of_them():
+    z = standardised(F.pad(torch.randn(7, 40) ** 3, (0, 5), value=-torch.inf))
+    for total in (7 * 5, 7 * 12, 1, 7 * 40):
+        T = threshold(z.flatten(), total)
+        assert (z > T).sum() == total
+        for row, kept in zip(z, select(z, count_above(z, T))):
+            above = (row > T).nonzero().flatten().tolist() or [row.argmax().item()]  # in their order, at least one
+            assert kept.tolist() == (len(kept) - len(above)) * [-1] + above
     z = standardised(torch.randn(50, 144))
     table = quantiles(torch.cat([z.flatten(), torch.full((9,), -torch.inf)]))  # padding does not count
     assert table["shares"][0] == 1 / 7200 and table["shares"][-1] == 1
@@ -1177,10 +1072,10 @@ def test_a_budget_on_average_goes_by_the_table():
         complaint(words, pruner.threshold_of, Budget.parse(text), settings, N)
 
 
-def test_the_chooser_keeps_what_it_says(vlm, scene):
+def test_the_chooser_keeps_what_it_says(vlm, features):
     scorer, settings = pruner.load_pruner(ROOT / "data/shapes/pruner")
     settings |= {"keep": "~16", "choose": "top", "thresholds": {"shares": [0, 1], "values": [1.0, -2.0]}}
-    X, T = scene[1], 1 - 3 * 16 / 144
+    X, T = features[:3].float(), 1 - 3 * 16 / 144
     scores = scorer(X)
     above = select(scores, count_above(standardised(scores), T))
     for options, keep, goes_by in (
@@ -1194,8 +1089,10 @@ def test_the_chooser_keeps_what_it_says(vlm, scene):
 
 
 def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(backbone, tmp_path, monkeypatch):
-    vlm, encode, encoded = backbone[0], backbone[0].encode, []
-    for i, picture in enumerate(three_pictures()):
+    """Features and scores of a batch are those of its pictures alone, too."""
+    (vlm, batch, X), encode, encoded, scorer = backbone, backbone[0].encode, [], Scorer(backbone[0].width).double()
+    z = standardised(scorer(X, batch.get("valid")))
+    for i, picture in enumerate(SCENES):
         picture.save(tmp_path / f"{i}.png")
     rows = [question(image=tmp_path / f"{i % 3}.png", text=QUESTIONS[i // 2]) for i in range(6)]
     monkeypatch.setattr(vlm, "encode", lambda inputs: encoded.extend(inputs["input_ids"]) or encode(inputs))
@@ -1205,48 +1102,36 @@ def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(backbone, tmp_
         assert len(encoded) == 3 and len(said) == 6
         for i, row in enumerate(rows):
             inputs = vlm.inputs([read_image(row["image"])], [row["text"]])
-            X = encode(inputs)
-            assert vlm.generate(inputs, X, choose(X, inputs), 5)[0] == said[i]
+            x, N = encode(inputs), vlm.tokens or batch["valid"][i % 3].sum()
+            close(x[0], X[i % 3, :N], atol=1e-9)
+            close(standardised(scorer(x))[0], z[i % 3, :N], atol=1e-6)
+            assert not X[i % 3, N:].any() and z[i % 3, N:].isneginf().all()
+            assert vlm.generate(inputs, x, choose(x, inputs), 5)[0] == said[i]
 
 
-@pytest.mark.parametrize("pruned", [True, False])
-def test_the_images_cache_changes_nothing(backbone, pruned):
-    vlm, image = backbone[0], three_pictures()[1]
+def test_the_images_cache_changes_nothing(backbone):
+    vlm, image = backbone[0], SCENES[1]
     inputs = vlm.inputs([image], ["Another?"])
     X = vlm.encode(inputs)
-    keep = some(X, inputs) if pruned else None
-    cache = infer.image_cache(vlm, inputs, X, keep)
-    for text in QUESTIONS:
-        sequence = vlm.embed(vlm.inputs([image], [text]), X, keep)
-        cached = logits_of(vlm, {**sequence, infer.CACHE: copy.deepcopy(cache)})
-        close(cached, logits_of(vlm, sequence), atol=1e-9)
+    for keep, text in itertools.product((None, some(X, inputs)), QUESTIONS):
+        cache, sequence = infer.image_cache(vlm, inputs, X, keep), vlm.embed(vlm.inputs([image], [text]), X, keep)
         assert 0 < cache.get_seq_length() < sequence["inputs_embeds"].shape[1]
+        close(logits_of(vlm, {**sequence, infer.CACHE: cache}), logits_of(vlm, sequence), atol=1e-9)
 
 
-def test_show_draws_the_kept_patch_in_its_place_on_every_backbone(backbone, tmp_path, capsys):
-    """The last token is the patch at the bottom right, whether or not there are a class token, tiles or windows."""
-    vlm, image = backbone[0], Image.new("RGB", SIZES[1])
-    args = SimpleNamespace(image="a", question="?", max_new_tokens=4, show=tmp_path / "a.png", json=True)
-    infer.answer_one(args, vlm, image, lambda X, inputs: torch.tensor([[X.shape[1] - 1]]), lambda X: X.norm(dim=-1))
-    said, sheet = json.loads(capsys.readouterr().out.splitlines()[-1]), Image.open(args.show).convert("L")
-    seen = pictures.seen_by_model(vlm, vlm.inputs([image], ["?"]), image)
-    kept = sheet.crop((10, 108, 410, 108 + round(400 * seen.height / seen.width)))
-    assert said["kept"] == [said["tokens"] - 1] and kept.getpixel((kept.width - 2, int(0.9 * kept.height))) < 50
-    assert sum(value < 50 for value in kept.tobytes()) < kept.width * kept.height / 8, "the others are pale"
-
-
-def test_one_question_from_the_command_line(vlm, capsys, monkeypatch):
-    """--keep all answers as the stock model does; the last line compares with all tokens."""
+def test_one_question_from_the_command_line(vlm, tmp_path, capsys, monkeypatch):
+    """--keep all answers as the stock model does; the line after the answer's picture compares with all tokens."""
     inputs = vlm.inputs([read_image(PICTURE)], [QUESTIONS[1]])
     ids = vlm.model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     run(infer.main, PICTURE, QUESTIONS[1], *SHIPPED, "--keep", "all")
     assert capsys.readouterr().out.splitlines()[0] == vlm.processor.decode(ids, skip_special_tokens=True).strip()
     with open(PICTURE) as picture:
         monkeypatch.setattr(sys, "stdin", picture)
-        run(infer.main, "-", QUESTIONS[0], *SHIPPED)
-    out, err = capsys.readouterr()
-    assert re.fullmatch(r"kept 16 of 144 tokens, prefill \d+ ms \(all tokens: \d+ ms\)", out.splitlines()[-1])
-    assert err.count("\n") == 1 and "model data/shapes/llava, pruner" in err
+        run(infer.main, "-", QUESTIONS[0], *SHIPPED, "--show", tmp_path / "kept.png", "--json")
+    (*_, told, last), err = map(str.splitlines, capsys.readouterr())
+    assert re.fullmatch(r"kept 16 of 144 tokens, prefill \d+ ms \(all tokens: \d+ ms\)", told)
+    assert len(json.loads(last)["kept"]) == 16 and Image.open(tmp_path / "kept.png").width == 1240
+    assert len(err) == 1 and "model data/shapes/llava, pruner" in err[0]
 
 
 def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, monkeypatch):
@@ -1258,13 +1143,9 @@ def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, mo
     run(infer.main, PICTURE, *SHIPPED)
     out, err = capsys.readouterr()
     assert out.splitlines()[::2] == alone and err.count("error: ") == 1 and "<image>" in err.splitlines()[-1]
-    assert all("all 144 tokens, read again" in line for line in out.splitlines()[1::2])
-    monkeypatch.setattr(sys, "stdin", None)  # closed
-    run(infer.main, PICTURE, *SHIPPED)
-    assert not capsys.readouterr().out
 
 
-# --- criteria ---------------------------------------------------------------------------------------------------------
+# --- criteria, accuracy, speed, studies -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("N", [144, 145])
 def test_the_uniform_grid_keeps_exactly_k_patches_and_pooling_puts_each_cells_mean_there(N):
@@ -1278,16 +1159,16 @@ def test_the_uniform_grid_keeps_exactly_k_patches_and_pooling_puts_each_cells_me
     assert keep.equal(criteria.uniform_grid(X, 16))
     cell = X[1, N - 144:].view(12, 12, -1)[3:6, 6:9].mean((0, 1))  # row 1, column 2 of 4 x 4
     close(pooled[1, keep[1, 6]], cell, atol=1e-6)
-    assert criteria.pooled_grid(144, 48) == (6, 8) and criteria.pooled_grid(144, 31) is None
 
 
-def test_cls_attention_is_that_of_the_stock_encoder(vlm, scene):
+def test_cls_attention_is_that_of_the_stock_encoder(vlm):
+    inputs = vlm.inputs(SCENES, QUESTIONS)
     stock = AutoModelForImageTextToText.from_pretrained(TINY, dtype="float32", attn_implementation="eager")
-    attentions = stock.model.vision_tower(scene[0]["pixel_values"], output_attentions=True).attentions
+    attentions = stock.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
     attention = attentions[-2].mean(1)[:, 0]  # (B, 1 + N)
-    close(criteria.cls_attention(vlm, scene[0]), attention[:, 1:], atol=1e-5, rtol=1e-3)
+    close(criteria.cls_attention(vlm, inputs), attention[:, 1:], atol=1e-5, rtol=1e-3)
     stock.config.vision_feature_select_strategy = "full"
-    with_class = criteria.cls_attention(Llava(stock, None, "full"), scene[0])
+    with_class = criteria.cls_attention(Llava(stock, None, "full"), inputs)
     close(with_class, attention, atol=1e-5, rtol=1e-3)
 
 
@@ -1300,8 +1181,6 @@ def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
         assert ((keep >= 0).sum(1) == K).all() and (keep < N[:, None]).all() and (keep[1, :2] == -1).all()
         assert name == "random" or keep[1, 2:].equal(choose(X[1:, :20], {}, 4)[0]), name
 
-
-# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 def drawn(folder):
     """A question file: six scenes with five questions each."""
@@ -1322,7 +1201,6 @@ def test_the_scorers_row_is_what_infer_answers(tmp_path, capsys, budget):
     capsys.readouterr()
     run(infer.main, *some, "--answers", tmp_path / "answers.jsonl")
     measured = json.loads((tmp_path / "accuracy.json").read_text())
-    assert list(measured) == ["conditions", "command", "seeds", "accuracy"]
     assert list(measured["accuracy"]) == ["all 144", f"scorer {budget}", "random 16", "uniform 16", "blind"]
     printed = dict(re.findall(r"^(\w+) +([\d.]+)$", capsys.readouterr().out, re.M))
     for kind, share in measured["accuracy"][f"scorer {budget}"].items():
@@ -1347,93 +1225,36 @@ def test_retention_leaves_out_what_the_full_model_never_gets_and_its_interval_is
     assert accuracy.bootstrap(pruned, full, rows) == pytest.approx((80 - half_width, 80 + half_width), abs=0.5)
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
 def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
     run(bench.main, "speed", "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2,
         "--words", 3, "--json", tmp_path / "speed.json")
     made = json.loads((tmp_path / "speed.json").read_text())["speed"]
-    rows = made["rows"]
-    assert list(rows) == [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
-    for name, row in rows.items():
+    assert list(made["rows"]) == [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
+    for row in made["rows"].values():
         assert all(row[stage]["median"] > 0 for stage in ("encode", "project", "prefill", "first", "decode", "answer"))
-        rate = 1000 * int(name[-1]) / row["answer"]["median"]
-        assert row["images_per_second"]["answer"] == pytest.approx(rate, rel=1e-3)
-    one, two, few = rows["all 144, batch 1"], rows["all 144, batch 2"], rows["keep 36, batch 1"]
+    one, few, two, _ = made["rows"].values()
     assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
     named = {"scorer", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
-    assert all(set(ways) == named for ways in made["choosing"].values()) and len(made["choosing"]) == 2
+    assert [set(ways) for ways in made["choosing"].values()] == [named, named]
 
-
-# --- studies ----------------------------------------------------------------------------------------------------------
 
 def test_the_papers_alternatives_do_what_their_names_say():
-    X, alpha = torch.randn(400, 50, 3), torch.full((400, 50), 0.3)
+    X, alpha, scores = torch.randn(400, 50, 3), torch.full((400, 50), 0.3), torch.randn(2, 12, requires_grad=True)
     L, mean = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.5]]), torch.ones(3)
-    X = X @ L.T + 1
     for gate, C in ((study.channel_gate, (L @ L.T).diag().diag()),
                     (study.isotropic_gate, (L @ L.T).trace() / 3 * torch.eye(3))):
-        close(covariance(gate(X, 0 * alpha, mean, L)), C, atol=0.1, rtol=0.05)
+        close(covariance(gate(X @ L.T + 1, 0 * alpha, mean, L)), C, atol=0.1, rtol=0.05)
     close(study.scale_gate(X, alpha, mean, L), 0.3 * X, atol=1e-6)
-
-
-def test_gumbel_samples_k_whole_tokens_with_the_soft_gradient():
-    scores, weight = torch.randn(2, 12, requires_grad=True), torch.randn(2, 12)
     torch.manual_seed(0)
-    alpha = study.gumbel_top_k(scores, 4, 0.5)
-    assert alpha.sum(1).tolist() == pytest.approx([4, 4]) and ((alpha - alpha.round()).abs() < 1e-6).all()
+    sampled = study.gumbel_top_k(scores, 4, 0.5)  # whole tokens, with the soft gradient
+    assert sampled.sum(1).tolist() == pytest.approx([4, 4]) and ((sampled - sampled.round()).abs() < 1e-6).all()
     torch.manual_seed(0)
     soft = soft_top_k(scores - (-torch.rand(2, 12).clamp_min(1e-20).log()).log(), 4, 0.5)
-    close(*(torch.autograd.grad((a * weight).sum(), scores)[0] for a in (alpha, soft)), atol=1e-6)
+    close(*(torch.autograd.grad((a * X[:2, :12, 0]).sum(), scores)[0] for a in (sampled, soft)), atol=1e-6)
 
 
-def test_a_variant_is_trained_again_only_when_it_is_made_otherwise(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(study, "train", lambda args, recipe: args.out.mkdir(exist_ok=True) or made.append(recipe))
-    args = SimpleNamespace(study="ablations", variants=["papers, Gumbel"], seeds=1, runs=tmp_path, device="cpu",
-                           dtype="float32")
-    for args.steps, trainings in ((3, 1), (3, 1), (4, 2)):
-        assert study.trained(args) == {("papers, Gumbel", 0): tmp_path / "papers-Gumbel-0"}
-        assert len(made) == trainings
-    monkeypatch.setitem(study.VARIANTS["ablations"], "papers, Gumbel", study.PAPERS)
-    study.trained(args)
-    assert made[0].top_k is study.gumbel_top_k and made[2] is study.PAPERS
-
-
-def test_coherence_is_the_mean_cosine_between_gradients():
-    a, b = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
-    assert study.coherence([a, b]) == pytest.approx(0.5 ** 0.5)
-    assert study.coherence([a, b, 5 * a]) == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3)
-
-
-def test_positions_closes_the_gaps_and_changes_nothing_else(scene, tmp_path, monkeypatch):
-    drawn(tmp_path)
-    seen, (inputs, X) = [], scene
-
-    def answer(vlm, rows, ways):
-        seen.append(vlm.embed(inputs, X, ways["scorer"][0](X, inputs)))
-        return {name: [1.0] * len(rows) for name in ways}, {}
-    monkeypatch.setattr(study, "prepare", lambda: tmp_path)
-    monkeypatch.setattr(study, "right_or_wrong", answer)
-    study.positions(SimpleNamespace(device="cpu"))
-    original, closed = seen
-    assert closed["position_ids"].diff().eq(1).all() and not original["position_ids"].diff().eq(1).all()
-    assert closed["inputs_embeds"].equal(original["inputs_embeds"])
-
-
-@pytest.mark.parametrize("name, value, holds", [
-    ("", 0, True), ("random 16", 80, False), ("diversity 16", 99, False), ("CLS 16", 80, False), ("all", 98, False)])
-def test_fidelity_holds_what_is_measured_against_the_written_rule(name, value, holds, tmp_path, monkeypatch):
-    measured = {"random 48": 97.3, "random 32": 93.6, "random 16": 86.9, "diversity 48": 99.6, "diversity 32": 99.2,
-                "diversity 16": 97.3, "CLS 16": 90.0, "pooling 16": 88.0, "all": 100.0, name: value}
-    monkeypatch.setattr(study, "right_or_wrong", lambda vlm, rows, ways: (
-        {name: [measured.get(name, 50.0) / 100] * len(rows) for name in ways}, {}))
-    made = study.fidelity(SimpleNamespace(device="cpu", questions=drawn(tmp_path), seeds=2))
-    assert all(row[-1] for row in made["rule"]) == holds
-
-
-# --- lmms-eval, where it is installed ---------------------------------------------------------------------------------
+# --- lmms-eval and vLLM, where they are installed ---------------------------------------------------------------------
 
 LMMS_TASK = """{task: drawn, dataset_path: json, test_split: test, output_type: generate_until, doc_to_target: label,
 dataset_kwargs: {data_files: {test: FOLDER/test.jsonl}, cache_dir: FOLDER/cache}, doc_to_text: "<image>{{text}}",
@@ -1441,81 +1262,56 @@ doc_to_visual: !function pictures.of , generation_kwargs: {max_new_tokens: 128},
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]}"""
 
 
-def evaluated(folder, keep, monkeypatch, pictures=1):
-    """What lmms-eval got for a task from six drawn scenes; each question has so many pictures."""
+def test_lmms_eval_gets_the_answers_of_infer(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("lmms_eval")
     from eval.lmms import Pruned, TaskManager, evaluator
-    drawn(folder)
-    (folder / "pictures.py").write_text("from PIL import Image\n\n\ndef of(doc):\n"
-                                        f"    return {pictures} * [Image.open('{folder}/' + doc['image'])]\n")
-    (folder / "drawn.yaml").write_text(LMMS_TASK.replace("FOLDER", str(folder)))
-    model = Pruned.create_from_arg_string(f"pruner={ROOT}/data/shapes/pruner,keep={keep},device=cpu,batch_size=7")
-    manager = TaskManager(include_path=str(folder))
+    run(infer.main, "--questions", drawn(tmp_path), "--answers", tmp_path / "a.jsonl", *SHIPPED)
+    (tmp_path / "drawn.yaml").write_text(LMMS_TASK.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "pictures.py").write_text("from PIL import Image\n\n\ndef of(doc):\n"
+                                          f"    return [Image.open('{tmp_path}/' + doc['image'])]\n")
+    model = Pruned.create_from_arg_string(f"pruner={ROOT}/data/shapes/pruner,keep=16,device=cpu,batch_size=7")
+    manager = TaskManager(include_path=str(tmp_path))
     samples = evaluator.simple_evaluate(model=model, tasks=["drawn"], task_manager=manager)["samples"]["drawn"]
-    return sorted(samples, key=lambda sample: sample["doc_id"])
-
-
-@pytest.mark.parametrize("keep, kept", [("16", 16), ("all", 144)])
-def test_lmms_eval_gets_the_answers_of_infer(tmp_path, keep, kept, monkeypatch):
-    samples = evaluated(tmp_path, keep, monkeypatch)
-    argv = ("--questions", tmp_path / "test.jsonl", "--answers", tmp_path / "a.jsonl", *SHIPPED, "--keep", keep)
-    run(infer.main, *argv)
+    samples.sort(key=lambda sample: sample["doc_id"])
     answers = [json.loads(line)["text"] for line in open(tmp_path / "a.jsonl")]
     assert [sample["resps"][0][0] for sample in samples] == answers
-    assert all(5 < sample["token_counts"][0]["input_tokens"] - kept < 60 for sample in samples)
+    assert all(5 < sample["token_counts"][0]["input_tokens"] - 16 < 60 for sample in samples)
 
 
-def test_lmms_eval_names_the_document_without_its_one_picture(tmp_path, monkeypatch):
-    complaint("drawn, document [0-9]+: 2 pictures", evaluated, tmp_path, "16", monkeypatch, pictures=2)
-
-
-# --- vLLM, where it is installed --------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def served():
-    pytest.importorskip("vllm")
-    with pytest.MonkeyPatch.context() as patch:
-        for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
-            patch.setenv(*f"VLLM_{setting}".split("="))
-        from eval.serve import Served
-        (served := Served(str(TINY))).start(["--enforce-eager"])
-        yield served
-
-
-@pytest.mark.parametrize("keep", ["all", "48", "16", "~16"])
-def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, served, tmp_path, keep, monkeypatch):
+def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, tmp_path, monkeypatch):
     def said(model):
         return dict(sum(infer.ask(model, rows, choose, batch=7), []))
 
-    rows = questions.read_questions(drawn(tmp_path))
-    choose = pruner.chooser(vlm, *pruner.load_pruner(ROOT / "data/shapes/pruner"), Budget.parse(keep))[0]
-    assert said(served) == said(vlm)
-    monkeypatch.setattr("eval.serve.name_of", lambda Z, places, N: f"{Z.sum()}")
-    assert (said(served) == said(vlm)) == (keep == "all")
-
-
-def test_vllm_gets_llava_only_and_nothing_of_the_language_model_is_loaded(served, tmp_path):
+    pytest.importorskip("vllm")
+    for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
+        monkeypatch.setenv(*f"VLLM_{setting}".split("="))
+    from eval import serve
+    served, rows, name_of = serve.Served(str(TINY)), questions.read_questions(drawn(tmp_path)), serve.name_of
     assert {name.split(".")[1] for name in served.model.state_dict()} == {"vision_tower", "multi_modal_projector"}
-    with pytest.raises(InputError, match="llava_next, and only llava"):
-        type(served)(str(changed(tmp_path, "config.json", {"model_type": "llava_next"})))
+    served.start(["--enforce-eager"])
+    for keep in ("all", "48", "16", "~16"):
+        choose = pruner.chooser(vlm, *pruner.load_pruner(ROOT / "data/shapes/pruner"), Budget.parse(keep))[0]
+        monkeypatch.setattr(serve, "name_of", name_of)
+        assert said(served) == said(vlm)
+        monkeypatch.setattr(serve, "name_of", lambda Z, places, N: f"{Z.sum()}")
+        assert (said(served) == said(vlm)) == (keep == "all")
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-
-
-def test_readme_snippets_stand_in_the_code_and_its_links_lead_somewhere():
+def test_readme_snippets_stand_in_the_code_or_run_and_its_links_lead_somewhere(capsys):
     def plain(text):
         return "\n" + "\n".join(line.strip() for line in text.splitlines()) + "\n"  # without the indentation
     code = [plain((ROOT / f"{name}.py").read_text()) for name in ("throttler", "denoiser", "train", "model", "infer")]
-    method = [snippet for snippet in SNIPPETS if "import" not in snippet]
+    *method, program = sorted(SNIPPETS, key=lambda snippet: "import" in snippet)
     assert len(method) >= 5 and len(README.splitlines()) <= 260
     for snippet in method:
         assert any(plain(snippet) in text for text in code), f"not in the code:\n{snippet}"
     for path in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, re.M):
         assert (ROOT / path).exists(), path
+    exec(program, {})
+    assert capsys.readouterr().out.startswith("['")
 
 
 def test_readme_table_is_what_was_measured():
@@ -1526,15 +1322,12 @@ def test_readme_table_is_what_was_measured():
     assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8)) for name in names]
 
 
-def test_readme_python_example_runs(capsys):
-    program, = [snippet for snippet in SNIPPETS if "import" in snippet]
-    assert len(program.splitlines()) <= 15
-    exec(program, {})
-    assert capsys.readouterr().out.startswith("['")
-
-
-def test_readme_counts_the_flops_of_llava_right():
-    vlm = load("random:llava-1.5-7b", "meta", torch.bfloat16)
+def test_random_architectures_have_the_published_sizes_and_readme_counts_the_flops_of_llava_right():
+    for name, parameters, N in (("qwen2.5-vl-3b", 3754622976, 576), ("qwen2.5-vl-7b", 8292166656, 576),
+                                ("llava-next-7b", 7063431168, 576 + 48 * 48), ("llava-1.5-7b", 7063427072, 576)):
+        vlm = load("random:" + name, "meta", torch.bfloat16)
+        assert sum(p.numel() for p in vlm.model.parameters()) == parameters
+        assert vlm.encode(vlm.dummy_inputs(2, 95)).shape == (2, N, vlm.width)
     L = vlm.dummy_inputs(1, 95)["input_ids"].shape[1]
     full, pruned = (flops / 1e12 for flops in bench.prefill_flops(vlm, [L, L - 576 + 64]).values())
     assert f"{full:.3f} T for 576 visual tokens and {pruned:.3f} T for 64, {full / pruned:.2f} times" in re.sub(
