@@ -126,9 +126,8 @@ def backbone(request, tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("tiny"), TINY_CONFIGS[request.param]
     torch.manual_seed(0)
     stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
-    for p in stock.parameters():  # larger than the usual start, so that every token tells
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.2)
+    for p in [p for p in stock.parameters() if p.dim() > 1]:
+        torch.nn.init.normal_(p, std=0.2)  # larger than the usual start, so that every token tells
     stock.save_pretrained(folder)
     tokenizer, sizes = AutoTokenizer.from_pretrained(TINY), dict(size={"shortest_edge": 32}, crop_size=32)
     if request.param == "qwen2_5_vl":
@@ -136,12 +135,11 @@ def backbone(request, tmp_path_factory):
         tokenizer.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
         tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=256, longest_edge=9216)).save_pretrained(folder)
-    elif request.param == "llava_next":
-        images = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **sizes)
-        LlavaNextProcessor(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
     else:
-        images = CLIPImageProcessorPil(**sizes)
-        LlavaProcessor(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
+        kind, images = LlavaProcessor, CLIPImageProcessorPil(**sizes)
+        if request.param == "llava_next":
+            kind, images = LlavaNextProcessor, LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **sizes)
+        kind(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
     vlm = load(folder, dtype=torch.float64)
     for norm in vlm.model.modules():
         if type(norm).__name__.endswith("RMSNorm"):  # the stock one rounds to float32 inside
@@ -263,8 +261,7 @@ def test_gate_survives_degenerate_features_and_both_ends_of_alpha():
 
 
 def test_channel_noise_leaks_and_whitened_noise_does_not(features):
-    """The best linear reconstruction of x from x̃ explains a share alpha of the variance with whitened noise, far more
-    with independent noise of equal variance in each channel: tr(α·C·(α·C + (1-α)·D)⁻¹·C) / tr C, D = diag C."""
+    """A linear map of x̃ explains α of x if noise is whitened, else tr(α·C·(α·C + (1-α)·D)⁻¹·C) / tr C, D = diag C."""
     X, C, a = features.flatten(0, 1), covariance(features), 0.11
     mean, L = (t.double() for t in whitening(features))
 
@@ -402,8 +399,6 @@ def test_scenes_are_unambiguous_and_splits_disjoint():
     assert len({image.tobytes() for image, _ in scenes}) == len(scenes)
     for image, objects in scenes:
         assert len({o["shape"] for o in objects}) == len({o["color"] for o in objects}) == len(objects)
-        asked = shapes.questions(objects, random.Random(0))
-        assert shapes.NUMBERS[len(objects)] in [label for kind, _, label in asked if kind == "count"]
         for o in objects:  # the middle of every object has its colour: clutter lies behind
             pixel = image.getpixel((round(o["x"]), round(o["y"])))
             assert min(shapes.COLORS, key=lambda c: math.dist(pixel, shapes.COLORS[c])) == o["color"]
@@ -533,11 +528,11 @@ def test_a_run_is_not_lost(tmp_path, tiny):
     ("train --seed 18446744073709551616", "--seed"), ("train --workers -1", "--workers"),
     ("train --questions none.jsonl", "none.jsonl"), ("train --watch a.jpg", "a.jpg"),
     ("train --data no.json", "no.json"), ("train --model ./no/such", "no/such"), ("train --out LICENSE", "--out"),
-    ("train --device meta", "random:"),
-    ("infer PICTURE ? --device cuda:99", "cuda:99"), ("infer PICTURE ? --device toaster", "--device cpu"),
-    ("infer gone.jpg ?", "gone.jpg"), ("infer -", "standard input"), ("infer", "picture"),
-    ("infer --questions q", "--answers"), ("infer PICTURE ? --keep 0", "--keep"), ("infer PICTURE ? --keep 145", "144"),
-    ("infer PICTURE ' '", "empty"), ("infer PICTURE ? --keep 9 --threshold 1", "without --keep"),
+    ("train --device meta", "random:"), ("infer PICTURE ? --device cuda:99", "cuda:99"),
+    ("infer PICTURE ? --device toaster", "--device cpu"), ("infer gone.jpg ?", "gone.jpg"),
+    ("infer -", "standard input"), ("infer", "picture"), ("infer --questions q", "--answers"),
+    ("infer PICTURE ? --keep 0", "--keep"), ("infer PICTURE ? --keep 145", "144"), ("infer PICTURE ' '", "empty"),
+    ("infer PICTURE ? --keep 9 --threshold 1", "without --keep"),
     ("infer PICTURE ? --pruner no", "no:"), ("infer PICTURE --show k.png", "--show"),
     ("infer PICTURE ? --show no/k.png", "--show no/k.png"), ("infer PICTURE 'a <image>' --keep 9", "<image>"),
     ("infer --questions q --answers a.json", "ends in .jsonl"), ("bench --repeats -1", "--repeats"),
@@ -590,9 +585,8 @@ def test_schedules_clipping_and_budgets_reach_the_optimizer(tiny, monkeypatch):
 
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch):
     losses, at = iter([0.1, 5.0, 4.0, 2.0, 3.0, 3.5]), []
-    names = ("full_loss", "soft_loss", "hard_loss", "deployed_loss")
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
-                        dict.fromkeys(names, next(losses)))
+                        {"deployed_loss": next(losses)})
     tiny("--steps", 10)
     log = log_of(tmp_path / "out")
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-2]["tau"] == log[-1]["tau"] == 0.02
@@ -752,9 +746,7 @@ def said_by(vlm):
     ("model.safetensors", {"language_model.lm_head.weight": math.nan}, "--dtype float32"),
     ("model.safetensors", {"vision_tower.vision_model.pre_layrnorm.weight": math.inf}, "--dtype float32"),
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-    ("model.safetensors", "half a file", "reading the weights"),
     ("adapter_config.json", "{}", "LoRA"),
-    ("config.json", "[]", "reading config.json"),
     ("config.json", {"model_type": "blip"}, "'blip'.*llava, llava_next, qwen2_5_vl"),
     ("config.json", {"text_config": {"num_hidden_layers": 1}}, r"layers\.1\.\S+ is not in the model"),
     ("config.json", {"text_config": {"num_hidden_layers": 9}}, r"layers\.4\.\S+ is missing"),
@@ -833,17 +825,13 @@ def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
 
 
 def test_what_is_transparent_is_white(tmp_path):
-    """A black square on a transparent black ground; and one grey of sixteen bits, by which PNG may say transparent."""
-    square = Image.new("L", (8, 8))
+    square = Image.new("L", (8, 8))  # black, on a transparent black ground
     square.paste(255, (2, 2, 6, 6))
     for mode in ("RGBA", "LA"):
         image = Image.new(mode, (8, 8))
         image.putalpha(square)
         image.save(tmp_path / "logo.png")
         assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
-    samples = struct.pack("<3H", 1000, 0, 65535)
-    Image.frombytes("I;16", (3, 1), samples).save(tmp_path / "grey.png", transparency=1000)
-    assert list(read_image(tmp_path / "grey.png").convert("L").tobytes()) == [255, 0, 255]
 
 
 def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
@@ -861,12 +849,9 @@ def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("truncated.jpg", PICTURE.read_bytes()[:1500], "truncated"), ("empty.jpg", b"", "cannot identify"),
     ("eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
-    ("bomb.png", (10_000, 10_000), "bomb"), ("thin.png", (30_000, 1), "1:200")])
+    ("bomb.pbm", b"P4 10000 10000\n", "bomb"), ("thin.pbm", b"P4 30000 1\n" + 3750 * b"\0", "1:200")])
 def test_bad_images_are_named(name, content, words, tmp_path):
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    else:
-        Image.new("1", content).save(tmp_path / name)
+    (tmp_path / name).write_bytes(content)
     complaint(f"{name}: cannot be read as an image .*{words}", read_image, tmp_path / name)
 
 
@@ -889,22 +874,20 @@ def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
     files.write(tmp_path / "link.json", files.rounded({"a": [1.23456789]}))
     assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"a": [1.2346]}
     (tmp_path / "folder.json").mkdir()
-    os.mkfifo(tmp_path / "pipe.json")
-    for name in ("folder.json", "pipe.json", "no/such/folder.json", 300 * "n" + ".json"):
+    for name in ("folder.json", "no/such/folder.json", 300 * "n" + ".json"):
         complaint("cannot be written", files.write, tmp_path / name, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "link.json", "pipe.json", "real.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "link.json", "real.json"]
 
 
-@pytest.mark.parametrize("code, status, out", [("print('café')", 0, b"caf\\xe9\n"),
-                                               ("raise files.InputError('é ' * 999)", 2, b"")])
-def test_a_script_ends_with_one_line_and_its_code_on_any_terminal(code, status, out):
-    program = f"from data import files\ndef main():\n    {code}\nfiles.cli(main)"
+def test_a_script_ends_with_one_line_and_its_code_on_any_terminal():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (status, out, status // 2)
+    for code, *ends in ("print('café')", 0, b"caf\\xe9\n", 0), ("raise files.InputError('é ' * 999)", 2, b"", 1):
+        program = f"from data import files\ndef main():\n    {code}\nfiles.cli(main)"
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
+        assert [done.returncode, done.stdout, done.stderr.count(b"\n")] == ends
 
 
-# --- question files, captions -----------------------------------------------------------------------------------------
+# --- question files, captions, pruners, infer.py ----------------------------------------------------------------------
 
 def question(**changes):
     return {"question_id": 1, "image": "00000.jpg", "text": "What color is the star?", **changes}
@@ -926,7 +909,6 @@ def test_question_files_of_all_forms_are_read(tmp_path):
     (tmp_path / "beside.jpg").symlink_to(EXAMPLES[1])
     assert read(path, [question(image="beside.jpg")])[0]["image"] == tmp_path / "beside.jpg"
     complaint("line 2: has no label", read, path, [question(label="a"), question()], ("image", "text", "label"))
-    complaint("eval.lmms --tasks mmbench_en_dev", read, tmp_path / "mmbench.tsv", b"index\tquestion\n")
 
 
 @pytest.mark.parametrize("content, words", [
@@ -941,7 +923,7 @@ def test_what_is_wrong_in_a_question_file_is_named_in_a_short_line(content, word
     complaint(f"q.jsonl: .*{words}", read, tmp_path / "q.jsonl", content)
 
 
-def test_what_is_right_and_popes_figures(capsys):
+def test_what_is_right_and_popes_figures():
     """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
     for answer, label in (("Green.", ["green", "lime"]), ("lime", ["green", "Lime."]), ("3", 3), (" red", "Red")):
         assert questions.is_right(answer, label, yes_no=False) and not questions.is_right("blue", label, yes_no=False)
@@ -949,24 +931,21 @@ def test_what_is_right_and_popes_figures(capsys):
     rows = [question(label=label, category="all") for label in 4 * ["yes"] + 6 * ["no"] + [None]]
     assert questions.score(rows, said) == {
         "all": pytest.approx({"accuracy": 0.7, "precision": 0.6, "recall": 0.75, "f1": 2 / 3, "yes": 0.5})}
-    assert "10 of 11 questions have a label" in capsys.readouterr().out
 
 
 @pytest.fixture
 def answer(tmp_path, vlm, monkeypatch):
     """answer(file, …): infer.py's answers to six questions, two at a time."""
     monkeypatch.setattr(infer, "load", lambda *a: vlm)
-    rows = [question(question_id=i, text=QUESTIONS[i % 3], category="popular") for i in range(6)]
-    files.write(tmp_path / "q.jsonl", rows)
+    files.write(tmp_path / "q.jsonl", [question(question_id=i, text=QUESTIONS[i % 3]) for i in range(6)])
     return functools.partial(run, infer.main, "--questions", tmp_path / "q.jsonl", "--images", PICTURES, *SHIPPED,
                              "--batch", 2, "--answers")
 
 
 def test_a_killed_question_file_continues_where_it_stopped(answer, vlm, tmp_path, capsys, monkeypatch):
     whole, path = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    answer(whole, "--json")
+    answer(whole)
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["questions"] == 6
     assert [row["question_id"] for row in rows] == list(range(6)) and rows[0]["metadata"]["keep"] == "16"
     with monkeypatch.context() as patch:
         signal_on_call(patch, signal.SIGKILL, vlm, "generate", 3)
@@ -1035,8 +1014,6 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
     assert sum(len(sample[3]) for sample in samples) == 3 and len({sample[2] for sample in samples}) > 4
     assert ordered[0][2:] == (PICTURE.name, [str(tmp_path / "bad.jpg")]) and ordered[3][2] == EXAMPLES[2].name
 
-
-# --- a pruner, infer.py -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, tensors, changes", [
     ("head.weight", {"head.weight": None}, {}), ("more", {"more": torch.ones(1)}, {}),
@@ -1145,7 +1122,7 @@ def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, mo
     assert out.splitlines()[::2] == alone and err.count("error: ") == 1 and "<image>" in err.splitlines()[-1]
 
 
-# --- criteria, accuracy, speed, studies -------------------------------------------------------------------------------
+# --- criteria, accuracy, speed ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("N", [144, 145])
 def test_the_uniform_grid_keeps_exactly_k_patches_and_pooling_puts_each_cells_mean_there(N):
@@ -1168,8 +1145,7 @@ def test_cls_attention_is_that_of_the_stock_encoder(vlm):
     attention = attentions[-2].mean(1)[:, 0]  # (B, 1 + N)
     close(criteria.cls_attention(vlm, inputs), attention[:, 1:], atol=1e-5, rtol=1e-3)
     stock.config.vision_feature_select_strategy = "full"
-    with_class = criteria.cls_attention(Llava(stock, None, "full"), inputs)
-    close(with_class, attention, atol=1e-5, rtol=1e-3)
+    close(criteria.cls_attention(Llava(stock, None, "full"), inputs), attention, atol=1e-5, rtol=1e-3)
 
 
 def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
@@ -1201,7 +1177,6 @@ def test_the_scorers_row_is_what_infer_answers(tmp_path, capsys, budget):
     capsys.readouterr()
     run(infer.main, *some, "--answers", tmp_path / "answers.jsonl")
     measured = json.loads((tmp_path / "accuracy.json").read_text())
-    assert list(measured["accuracy"]) == ["all 144", f"scorer {budget}", "random 16", "uniform 16", "blind"]
     printed = dict(re.findall(r"^(\w+) +([\d.]+)$", capsys.readouterr().out, re.M))
     for kind, share in measured["accuracy"][f"scorer {budget}"].items():
         assert f"{100 * share:.1f}" == printed[kind]
@@ -1237,21 +1212,6 @@ def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
     named = {"scorer", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
     assert [set(ways) for ways in made["choosing"].values()] == [named, named]
-
-
-def test_the_papers_alternatives_do_what_their_names_say():
-    X, alpha, scores = torch.randn(400, 50, 3), torch.full((400, 50), 0.3), torch.randn(2, 12, requires_grad=True)
-    L, mean = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.5]]), torch.ones(3)
-    for gate, C in ((study.channel_gate, (L @ L.T).diag().diag()),
-                    (study.isotropic_gate, (L @ L.T).trace() / 3 * torch.eye(3))):
-        close(covariance(gate(X @ L.T + 1, 0 * alpha, mean, L)), C, atol=0.1, rtol=0.05)
-    close(study.scale_gate(X, alpha, mean, L), 0.3 * X, atol=1e-6)
-    torch.manual_seed(0)
-    sampled = study.gumbel_top_k(scores, 4, 0.5)  # whole tokens, with the soft gradient
-    assert sampled.sum(1).tolist() == pytest.approx([4, 4]) and ((sampled - sampled.round()).abs() < 1e-6).all()
-    torch.manual_seed(0)
-    soft = soft_top_k(scores - (-torch.rand(2, 12).clamp_min(1e-20).log()).log(), 4, 0.5)
-    close(*(torch.autograd.grad((a * X[:2, :12, 0]).sum(), scores)[0] for a in (sampled, soft)), atol=1e-6)
 
 
 # --- lmms-eval and vLLM, where they are installed ---------------------------------------------------------------------
