@@ -856,17 +856,17 @@ def test_bad_images_are_named(name, content, words, tmp_path):
 
 
 def test_frames_are_as_bright_as_alpha_and_sheets_show_the_highest_in_red_and_the_lowest_in_blue():
-    """The first token has no place. On the sheet number 1 scores highest and is kept, number 4 scores lowest."""
+    """The first token has no place. On the sheet number 1 scores highest, 2 is kept, and 4 scores lowest."""
     boxes = torch.tensor([(0, 0, 0, 0), (0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2), (0, 0, 2, 2)]) / 2
     picture = pictures.frame(Image.new("RGB", (40, 20)), boxes, torch.tensor([1, 1, 0.5, 0, 0.2, 0.1]))
     levels = [picture.getpixel(at)[0] for at in ((5, 5), (25, 5), (5, 15), (25, 15))]
     assert levels == pytest.approx([204 * (1 - alpha) for alpha in (1, 0.5, 0.1, 0.2)], abs=2)
     scores, image = torch.tensor([0.0, 5, 1, 2, -1]), Image.new("RGB", (50, 50), (128, 128, 128))
-    sheet = pictures.sheet(image, boxes[:5], scores, torch.tensor([1]), torch.rand(5, 2), "Why?", "ab", side=100)
-    kept, colored = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in ((35, 25), (85, 75))]
-                     for panel in range(2))
-    assert kept[0] == (128, 128, 128) and min(kept[1]) > 200
-    assert colored[0][0] > colored[0][2] + 50 and colored[1][2] > colored[1][0] + 50
+    sheet = pictures.sheet(image, boxes[:5], scores, torch.tensor([2]), torch.rand(5, 2), "Why?", "ab", side=100)
+    kept, colored = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in
+                      ((35, 25), (85, 25), (85, 75))] for panel in range(2))
+    assert min(kept[0]) > 200 and kept[1] == (128, 128, 128) and kept[2] == kept[0]
+    assert colored[0][0] > colored[0][2] + 50 and colored[1] == kept[1] and colored[2][2] > colored[2][0] + 50
 
 
 def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
@@ -1097,7 +1097,7 @@ def test_the_images_cache_changes_nothing(backbone):
 
 
 def test_one_question_from_the_command_line(vlm, tmp_path, capsys, monkeypatch):
-    """--keep all answers as the stock model does; the line after the answer's picture compares with all tokens."""
+    """--keep all answers as the stock model does; with fewer, a line compares the time with that of all tokens."""
     inputs = vlm.inputs([read_image(PICTURE)], [QUESTIONS[1]])
     ids = vlm.model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     run(infer.main, PICTURE, QUESTIONS[1], *SHIPPED, "--keep", "all")
