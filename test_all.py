@@ -358,8 +358,9 @@ def test_scorer_reads_whitened_tokens(features):
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_scorer_gradient_is_finite_differences_through_everything(backbone, name, monkeypatch):
     """train.forward itself, in float64, noise held fixed."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     vlm, inputs, X = backbone
+    vlm.model.model.language_model.rotary_emb.float()
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
     scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
     torch.nn.init.normal_(denoiser.block.mlp[-1].weight, std=0.02)
     graph = vlm, scorer, denoiser, [t.double() for t in whitening(X)], inputs, torch.randn_like(X)
