@@ -137,9 +137,12 @@ def gpu(made):
         planned, used = sum(training["planned GB"].values()), training["used GB"]
         said.append(f"Training of the 7B, {training['images at once']} pictures a step, by the papers' recipe: "
                     f"{planned:.1f} GB planned, {used:.1f} used, {training['seconds a step']:.2f} s a step.")
-    for name, part in made.items():
-        if name not in ("training", "speed", "compiled"):  # those two have files of their own
-            said.append(f"`python {part['command']}` ended with exit code {part['exit']}: {part['said']}")
+    if "default" in made:
+        done = json.loads(made["default"]["said"])
+        said.append(f"`train.py` on the embedded default, in {done['settings']['dtype']}: {done['retention']:.1f} % "
+                    f"kept at {done['keep']} tokens, after {done['seconds']:.0f} s of training.")
+    if "tests" in made:
+        said.append(f"The tests: {made['tests']['said']}")
     return said
 
 
@@ -160,7 +163,7 @@ def section(folder, name):
 def report(folder, template):
     """Write RESULTS.md: the template with each {name} replaced by what was measured."""
     text = template.read_text(encoding="utf-8")
-    for name in ("speed_gpu*", "flops_*", *SECTIONS):
+    for name in ("fidelity_*", "speed_gpu*", "flops_*", *SECTIONS):
         text = text.replace("{" + name + "}", section(folder, name))
     (folder / "RESULTS.md").write_text(text, encoding="utf-8")
     print(f"wrote {folder / 'RESULTS.md'}")
