@@ -177,18 +177,6 @@ def accuracy():
                            warp_x=math.log, warp_y=lambda kept: -math.log(102 - min(kept, 100.5))))
 
 
-def speed():
-    """LLaVA-1.5-7B's times against tokens kept."""
-    rows, series = saved("speed")["rows"], {}
-    counts = {int(name.split()[1]): row for name, row in rows.items() if "," not in name}  # without batches, compiled
-    for stage, label in (("first", "to first token"), ("prefill", "LLM prefill"), ("encode", "encoder")):
-        series[label] = [(K, counts[K][stage]["median"]) for K in sorted(counts)]
-    quarter = series["to first token"][-1][1] / 4
-    unit = 10 ** math.floor(math.log10(quarter))
-    ticks = [i * unit * math.ceil(quarter / unit) for i in range(5)]
-    return half(line_chart(series, "visual tokens that the LLM reads", "milliseconds", sorted(counts), ticks))
-
-
 def losses(run):
     """Draw a training's four held-out losses over its steps, beside its log."""
     try:
@@ -236,7 +224,7 @@ def training(run):
 
 
 PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attention": attention, "graphs": graphs,
-            "accuracy": accuracy, "speed": speed}
+            "accuracy": accuracy}
 
 
 @torch.no_grad()
