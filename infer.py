@@ -71,6 +71,9 @@ def load_pruned(args, kind=None):
     scorer, settings = load_pruner(folder)
     name = args.model or settings["model"]
     print(f"model {name}, pruner {args.pruner or portable(folder)} ({why})", file=sys.stderr)
+    if portable(name) != settings["model"]:
+        print(f"warning: this pruner was trained for {settings['model']}; of another model's tokens it knows nothing",
+              file=sys.stderr)
     vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py speed")
@@ -156,7 +159,7 @@ def chat(vlm, image, X, keep, max_new_tokens):
             continue
         print(answer_to(vlm, inputs, X, keep, max_new_tokens, cache))
         ms, all_ms = prefill_ms(vlm, inputs, X, keep, 1, cache), all_ms or prefill_ms(vlm, inputs, X, None, 1)
-        print(f"(prefill {ms:.0f} ms; all {X.shape[1]} tokens, read again: {all_ms:.0f} ms)", flush=True)
+        print(f"(prefill {ms:.0f} ms, cached; all {X.shape[1]} tokens, not cached: {all_ms:.0f} ms)", flush=True)
 
 
 def parse_arguments():

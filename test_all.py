@@ -1211,7 +1211,7 @@ def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
     one, few, two, _ = made["rows"].values()
     assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
-    named = {"scorer", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
+    named = {"scorer", "scorer, diverse", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
     assert [set(ways) for ways in made["choosing"].values()] == [named, named]
 
 

@@ -76,7 +76,7 @@ class Scorer(nn.Module):
         values = L.square().sum(0)  # λ (d_v,)
         V = L / values.clamp_min(1e-30).sqrt()
         self.mean.copy_(mean)
-        self.map.copy_(V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt() @ V.T)
+        self.map.copy_((V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt()) @ V.T)
 
     def forward(self, X, valid=None):
         x = self.inp((X.to(self.map.dtype) - self.mean) @ self.map)  # (B, N, d_v) -> (B, N, width)
@@ -95,7 +95,7 @@ class SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, K, tau):
         s = scores.double() / tau  # (..., N)
-        N, K = s.shape[-1], K.unsqueeze(-1) if torch.is_tensor(K) else K  # one budget for all rows, or (..., 1)
+        K = K.unsqueeze(-1) if torch.is_tensor(K) else K  # one budget for all rows, or (..., 1)
         r = s.sort(dim=-1, descending=True).values
         # With the k highest scores above b and the others below,
         #     Σ_i F(s_i - b) = k - ½·e^b·P + ½·e^-b·Q     P = Σ_{i<=k} e^-r_i,   Q = Σ_{i>k} e^r_i
@@ -103,7 +103,7 @@ class SoftTopK(torch.autograd.Function):
         logP = torch.cat([edge, (-r).logcumsumexp(-1)], -1)  # (..., N+1), k = 0 … N
         logQ = torch.cat([r.flip(-1).logcumsumexp(-1).flip(-1), edge], -1)
         # k = how many scores, put in the place of b, leave a sum of at most K (the sum falls as b grows)
-        k = torch.arange(1, N + 1, device=s.device)
+        k = torch.arange(1, s.shape[-1] + 1, device=s.device)
         at_r = k - 0.5 * (logP[..., 1:] + r).exp() + 0.5 * (logQ[..., 1:] - r).exp()
         k = ((at_r <= K) & ~r.isneginf()).sum(-1, keepdim=True)  # padding is never above b
         logP, logQ = logP.gather(-1, k), logQ.gather(-1, k)
@@ -208,7 +208,7 @@ def select(scores, K):
 
 
 def select_diverse(scores, X, K):
-    """As select, but no two tokens alike: greedily the token with the largest e^(z/2) · distance to those kept.
+    """As select, but of tokens that differ: greedily the one of largest e^(z/2) · distance to the nearest one kept.
 
     z are the standardised scores, distance is 1 - cosine of the features X (B, N, d). The top K alone may keep several
     tokens of one object and none of another; max-min distance is DivPrune's choice (arXiv 2503.02175).
@@ -217,7 +217,7 @@ def select_diverse(scores, X, K):
     padding, weight = scores.isneginf(), (standardised(scores) / 2).exp()  # (B, N)
     x, nearest, keep = F.normalize(X.float(), dim=-1), torch.full_like(weight, 2.0), []
     for _ in range(int(torch.as_tensor(K).max())):
-        value = (weight * nearest.clamp_min(0)).masked_fill(padding, -0.5)
+        value = (weight * nearest.clamp_min(0)).masked_fill(padding, -0.5)  # -1 is kept already
         keep.append(value.scatter(1, torch.stack(keep, 1), -1).argmax(-1) if keep else value.argmax(-1))
         last = x.gather(1, keep[-1][:, None, None].expand(-1, 1, x.shape[-1]))  # (B, 1, d)
         nearest = nearest.minimum(1 - (x @ last.mT)[..., 0])  # (B, N), distance to the nearest token kept

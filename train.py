@@ -6,8 +6,8 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
     torchrun --nproc_per_node 8 train.py --data …                           # the same on eight GPUs
 
 No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed path:
-the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; with a question file
-the run ends with its accuracy, beside random tokens and a uniform grid.
+the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; "loss" is higher, as
+it has noise in place of the rest. Hardness is the mean alpha of the K largest. A question file gives a closing table.
 
 Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint; --resume continues it bit for bit.
 """
@@ -103,7 +103,7 @@ def forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, recipe):
     if recipe.standardise:
         s = standardised(s)                                     # (B, N)      mean 0, standard deviation 1
     alpha = recipe.top_k(s, K.of(real_tokens(X, valid)), tau)   # (B, N)      in [0, 1], each row sums to K
-    X_tilde = recipe.gate(X, alpha, *statistics, noise)         # (B, N, d)   √α·x + √(1-α)·ε, x whitened
+    X_tilde = recipe.gate(X, alpha, *statistics, noise)         # (B, N, d)   μ + √α·(X-μ) + √(1-α)·L·ε
     X_bar = denoiser(X_tilde)                                   # (B, N, d)   in training only
     return vlm.loss(inputs, X_bar), alpha                       # next token, through the frozen LLM
 
@@ -138,7 +138,7 @@ def train(args, recipe=None):
     questions = [] if args.questions == "none" else read_questions(args.questions, args.images)
     training, held_out = split(read_coco(data, args.images), args.seed)
     settings = {name: getattr(args, name) for name in ("recipe", "steps", "batch", "lr", "seed", "dtype", "watch")}
-    settings |= {"data": portable(data), "model": portable(args.model), "keep": str(args.keep)}
+    settings |= {"data": portable(data), "model": portable(args.model), "keep": str(args.keep), "images": args.images}
     run = Run(args.out, settings, processes, args.resume, args.overwrite)
 
     # the frozen VLM, and the two modules that learn

@@ -86,7 +86,7 @@ def count_above(z, T):
 
 
 def hardness_of(alpha, K):
-    """Mean of the K largest weights of each image, (B,). At 1, what is trained is what is deployed."""
+    """Mean of the K largest weights of each image, (B,). At 1, alpha is 0 or 1, as the hard choice is."""
     total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
     K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
     return total.gather(1, K[:, None] - 1)[:, 0] / K

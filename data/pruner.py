@@ -34,12 +34,16 @@ def default_pruner():
 def load_pruner(folder):
     """(scorer, settings) from a folder that train.py wrote. InputError if a file is missing or does not fit."""
     folder = Path(folder)
+    if (folder / "checkpoint.safetensors").exists() and not (folder / "pruner.json").exists():
+        raise InputError(f"{folder}: its training is not finished; run train.py again with --resume")
     try:
         settings = {"choose": "top", **json.loads((folder / "pruner.json").read_text(encoding="utf-8"))}
         for name in ("model", "width", "tokens", "keep"):
             if name not in settings:
                 raise ValueError(f"pruner.json has no {name}")
         Budget.parse(settings["keep"])
+        if settings["choose"] not in ("top", "diverse"):
+            raise ValueError("choose must be top or diverse")
         table = settings.get("thresholds") or {}
         for value in table.get("shares", []) + table.get("values", []):
             if not math.isfinite(value):
@@ -73,9 +77,12 @@ def threshold_of(budget, settings, N):
     if len(table.get("shares", [])) < 2:
         raise InputError(f"{told} has no thresholds: its training is not finished, or held out too few images; give a "
                          "number without ~")
-    if budget.count and (N is None or N != settings["tokens"]):
+    if budget.count and N is None:
+        raise InputError(f"--keep {budget}: this model's pictures differ in their number of tokens; give a share, as "
+                         "~11.1%")
+    if budget.count and N != settings["tokens"]:
         raise InputError(f"{told} was trained with {settings['tokens'] or 'a varying number of'} visual tokens, and "
-                         f"this model has {N or 'a varying number'}; give a share, as ~11.1%")
+                         f"this model has {N}; give a share, as ~11.1%")
     share, shares, values = budget.share or budget.count / N, table["shares"], table["values"]
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
         raise InputError(f"{told} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the tokens; stay within "

@@ -38,7 +38,7 @@ def read_questions(path, images=None, need=("image", "text", "label")):
         for field in need:
             if not isinstance(row, dict) or row.get(field) in (None, "", []):
                 raise InputError(f"{where}: has no {field}; each question needs {', '.join(need)}")
-        if not isinstance(row["text"], str) or isinstance(row.get("label"), dict):
+        if not isinstance(row["text"], str) or isinstance(row.get("label"), (dict, bool)):
             raise InputError(f"{where}: text must be a string, label a string or a list of accepted ones")
         folders = [path.parent] if images is None else [Path(images), path.parent]
         row |= {"image": picture_path(folders, row["image"], where), "category": str(row.get("category") or "all")}

@@ -166,4 +166,5 @@ def read_checkpoint(path):
         with safe_open(path, "pt") as file:
             return load_file(path), json.loads(file.metadata()["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise InputError(f"--resume: {path} cannot be read ({short(e)}); leave --resume away to start a run") from None
+        cure = "--overwrite starts anew" if path.exists() else "leave --resume away to start a run"
+        raise InputError(f"--resume: {path} cannot be read ({short(e)}); {cure}") from None
