@@ -23,7 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from data.files import InputError, read_image, short  # noqa: F401 (read_image: others import it from here)
-from data.weights import complete, one_line, read_model, supported
+from data.weights import PROCESSORS, complete, one_line, read_model, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,15 +38,15 @@ def add_device_arguments(parser):
 def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
     """A frozen VLM from a folder (also relative to this repository) or a hub name, in transformers' own format.
 
-    `model` may also be a transformers model that is loaded already, given with its processor: it is frozen in place.
+    `model` may also be a transformers model that is loaded already: it is frozen in place. processor: else its own.
     'random:NAME' (see data/weights.py): the true architecture, random weights and no processor, for timing; on device
     "meta" without weights, for counting. attention and device_map are those of from_pretrained().
     InputError for whatever is wrong with the model: before anything else, it must answer a trial question.
     """
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
-        if processor is None:
-            raise InputError(f"{name}: a loaded model needs its processor; call load(model, processor=…)")
+        with one_line(name, "reading its processor, as load(model) without processor=…"):
+            processor = processor or PROCESSORS[supported(model.config.model_type)](name, trust_remote_code=False)
     else:
         name = str(model)
         model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)

@@ -784,11 +784,13 @@ def test_another_way_to_write_the_same_model_is_read_and_nothing_executed(file, 
     assert said_by(load(folder)) == said_by(vlm) and not (tmp_path / "ran").exists()
 
 
-def test_a_loaded_model_is_taken_with_its_processor(vlm):
+def test_a_loaded_model_is_taken_with_or_without_its_processor(vlm):
     loaded = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     theirs = load(loaded, processor=AutoProcessor.from_pretrained(TINY))
     assert theirs.model is loaded and not any(p.requires_grad for p in loaded.parameters())
     assert said_by(theirs) == said_by(vlm)
+    assert said_by(load(loaded)) == said_by(vlm), "its processor is found, too"
+    loaded.name_or_path = ""
     complaint("processor=", load, loaded)
     theirs.processor.tokenizer.add_tokens(["zebra"])
     complaint("get both of one model", theirs.inputs, SCENES[:1], ["Is it a zebra?"])

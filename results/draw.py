@@ -191,7 +191,6 @@ def training(run):
     """Draw a training as a moving picture: each patch of the watched images as bright as its alpha."""
     try:
         watched, made = (json.loads((run / f"{name}.json").read_text()) for name in ("watched", "pruner"))
-        curve = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror}); train with --watch, to the end") from None
     vlm, pictures, frames, side = load(made["model"]), [], [], 112
@@ -208,11 +207,9 @@ def training(run):
             alpha = torch.tensor(alpha[:len(boxes)])
             sheet.paste(frame(image, boxes, alpha), (10 + i % 3 * (side + 10), 10 + i // 3 * (side + 10)))
             hardness += hardness_of(alpha[None], round(alpha.sum().item())).tolist()
-        loss = [entry["deployed_loss"] for entry in curve if entry["step"] <= at["step"]][-1]
         y, width = rows * (side + 10) + 14, 3 * side + 20
-        said = f"step {at['step']}   hardness {mean(hardness):.2f}   loss when pruned {loss:.3f}"
-        draw.text((10, y), said, INK, font(15))
-        draw.rectangle((10, y + 28, 10 + width * at["step"] / max(1, curve[-1]["step"]), y + 34), COLORS[0])
+        draw.text((10, y), f"step {at['step']}   hardness {mean(hardness):.2f}", INK, font(15))
+        draw.rectangle((10, y + 28, 10 + width * at["step"] / max(1, watched["frames"][-1]["step"]), y + 34), COLORS[0])
         frames.append(sheet)
     sheet = frames[-1].copy()  # one palette for all frames, of pictures with and without pale patches
     for i, (image, _) in enumerate(pictures[:3]):
