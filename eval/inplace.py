@@ -4,14 +4,25 @@ vLLM's LLaVA (tried: 0.32.0) for pruned pictures: each kept token stands at its 
 By itself vLLM numbers the tokens of a prompt one by one, which closes the gaps of the dropped ones. A model with
 M-RoPE, as Qwen2.5-VL, is asked for the positions. LlavaInPlace poses as one; its three rows of positions are equal. The
 name that goes with a picture (multi_modal_uuids, or uuid in a request to vllm serve) tells which tokens were kept.
+
+    python -m eval.inplace results/serving.json      # what fewer tokens save there: a larger LLM with random weights
 """
 import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 import vllm
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from data.files import ROOT, cli, write
+from eval.tables import save
 
 
 class LlavaInPlace(LlavaForConditionalGeneration, SupportsMRoPE):
@@ -63,3 +74,33 @@ def answers(llm, prompts):
              for ids, Z, name, _ in prompts]
     limits = [vllm.SamplingParams(temperature=0, max_tokens=most) for *_, most in prompts]
     return [output.outputs[0].text.strip() for output in llm.generate(asked, limits, use_tqdm=False)]
+
+
+def throughput(repeats=5):
+    """Seconds that 16 answers of 32 tokens take, each about a picture of 576 tokens, and of 64: {K: [s, …]}."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "data/shapes/llava", folder, dirs_exist_ok=True)
+        file = Path(folder) / "config.json"
+        config = json.loads(file.read_text())
+        config["vision_config"]["image_size"] = 192  # 24 x 24 patches
+        config["text_config"] |= dict(hidden_size=1024, intermediate_size=2752, num_hidden_layers=8, head_dim=64,
+                                      num_attention_heads=16, num_key_value_heads=16)
+        write(file, config)
+        llm = engine(folder, "float32", ["--load-format", "dummy", "--enforce-eager"])
+    times = {576: [], 64: []}
+    for repeat in range(1 + repeats):  # the first is the warm-up
+        for K, seconds in times.items():
+            prompts = [([1, 4, 13], Z, name_of(Z, range(K), 576), 32) for Z in torch.randn(16, K, 1024)]
+            start = time.perf_counter()
+            answers(llm, prompts)
+            if repeat:
+                seconds.append(time.perf_counter() - start)
+    return times
+
+
+def main():
+    save(Path(sys.argv[1]), "python -m eval.inplace", {"serving": throughput()})
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -6,7 +6,7 @@ RESULTS.md from template.md and the JSON files beside it: no table and no verdic
 import json
 
 from eval.accuracy import retention
-from eval.tables import made_by, markdown, mean, spread
+from eval.tables import made_by, markdown, mean, percentile, spread
 
 STAGES = ["encode", "select", "project", "prefill", "decode"]
 # DiffPrune's figures, arXiv 2605.28051, to stand beside ours. Retention of LLaVA-1.5-7B at 33, 22 and 11 %:
@@ -126,6 +126,14 @@ def speed(made):
             markdown(["tokens", "TFLOPs", *columns, "prefill", "first", "prefills/s", "answers/s"], rows), *ways]
 
 
+def serving(made):
+    rows, whole = [], percentile(made["576"], 50)
+    for K, seconds in made.items():
+        median = percentile(seconds, 50)
+        rows.append([K, f"{median:.2f} [{min(seconds):.2f}–{max(seconds):.2f}]", f"{whole / median:.2f}×"])
+    return [markdown(["visual tokens of a picture", "16 answers, s", "faster"], rows)]
+
+
 def flops(made):
     rows = [f"{name} {row['tflops']:.3f}" for name, row in made["rows"].items()]
     return [f"{made['model']}, TFLOPs: {', '.join(rows)}."]
@@ -147,7 +155,8 @@ def gpu(made):
 
 
 SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": recipes, "ablations": recipes, "budgets": budgets,
-            "ceiling": ceiling, "probes": probes, "positions": positions, "speed": speed, "gpu": gpu, "flops": flops}
+            "ceiling": ceiling, "probes": probes, "positions": positions, "speed": speed, "gpu": gpu,
+            "serving": serving, "flops": flops}
 
 
 def section(folder, name):
