@@ -23,7 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from data.files import InputError, read_image, short  # noqa: F401 (read_image: others import it from here)
-from data.weights import PROCESSORS, complete, one_line, read_model, supported
+from data.weights import PROCESSORS, complete, find, one_line, read_model, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,8 +45,8 @@ def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=No
     """
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
-        with one_line(name, "reading its processor, as load(model) without processor=…"):
-            processor = processor or PROCESSORS[supported(model.config.model_type)](name, trust_remote_code=False)
+        with one_line(name, "reading its processor, as load(model) has no processor=…"):
+            processor = processor or PROCESSORS[supported(model.config.model_type)](find(name), trust_remote_code=False)
     else:
         name = str(model)
         model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)
