@@ -555,6 +555,8 @@ def test_processes_that_cannot_work_together_are_refused(vlm, monkeypatch):
     monkeypatch.setattr(os, "environ", {"RANK": "", "WORLD_SIZE": ""})
     processes, args = Processes("cpu"), SimpleNamespace(batch=8, at_once=3, checkpointing=False, shard=True)
     assert processes.plan(vlm, 1000, args) == (3, 3)
+    types = [infer.number_type(SimpleNamespace(device=device, dtype=None)) for device in ("cpu", "cuda:1")]
+    assert types == ["float32", "bfloat16"]
     for processes.world in (9, 3):
         complaint("--batch 8", processes.plan, vlm, 1000, args)
 
@@ -921,7 +923,8 @@ def test_question_files_of_all_forms_are_read(tmp_path):
     ([question(image="\ud83d.jpg")], "no file"), ([question(text=3)], "text must be a string"), (b"3", "has no"),
     ([question(label={"a": 1})], "label"), ([{"image": "00000.jpg", "text": "?"}], "has no question_id"),
     (json.dumps(question(text=500 * "x")).encode("utf-16"), "UTF-8"), (b'\n{"text": ' + 5000 * b"x", "line 2: cannot"),
-    (b"[" * 200_000, "cannot be read"), (b'[{"image": null, "conversations": []}]', "scienceqa_img"), (b"\n", "no q")])
+    (b"[" * 200_000, "cannot be read"), (b'[{"image": null, "conversations": []}]', "scienceqa_img"), (b"\n", "no q"),
+    ([question(label=True)], "label")])
 def test_what_is_wrong_in_a_question_file_is_named_in_a_short_line(content, words, tmp_path):
     complaint(f"q.jsonl: .*{words}", read, tmp_path / "q.jsonl", content)
 
@@ -1023,7 +1026,7 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
     ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
     ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
     ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
-    ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
+    ("choose", {}, {"choose": "no"}), ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
 def test_bad_pruners_are_named_before_memory_is_taken(words, tensors, changes, tmp_path):
     settings = {"model": str(TINY), "width": 64, "tokens": 144, "keep": 16} | changes
     tensors = {name: t.clone() for name, t in (Scorer(64).state_dict() | tensors).items() if t is not None}

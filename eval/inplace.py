@@ -7,6 +7,7 @@ name that goes with a picture (multi_modal_uuids, or uuid in a request to vllm s
 
     python -m eval.inplace results/serving.json      # what fewer tokens save there: a larger LLM with random weights
 """
+import argparse
 import hashlib
 import json
 import shutil
@@ -16,13 +17,18 @@ import time
 from pathlib import Path
 
 import torch
-import vllm
-from vllm.model_executor.models.interfaces import SupportsMRoPE
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from data.files import ROOT, cli, write
-from eval.tables import save
+from data.files import ROOT, cli, short, write
+from eval.tables import check, save
+
+try:
+    import vllm
+    from vllm.model_executor.models.interfaces import SupportsMRoPE
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+except (ImportError, RuntimeError) as e:
+    print(f"error: vLLM cannot be loaded ({short(e)}); pip install vllm==0.32.0", file=sys.stderr)
+    sys.exit(2)
 
 
 class LlavaInPlace(LlavaForConditionalGeneration, SupportsMRoPE):
@@ -99,7 +105,11 @@ def throughput(repeats=5):
 
 
 def main():
-    save(Path(sys.argv[1]), "python -m eval.inplace", {"serving": throughput()})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="file to write the seconds to")
+    args = parser.parse_args()
+    check(args)
+    save(args.json, "python -m eval.inplace", {"serving": throughput()})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The kept tokens stay at their original positions (eval/inplace.py). Labels in th
 """
 import argparse
 import os
-import sys
 import time
 
 import torch
@@ -22,11 +21,7 @@ from infer import add_choice_arguments, add_pruner_arguments, add_question_argum
 from model import Llava
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-try:
-    from eval.inplace import answers, engine, name_of, vllm
-except (ImportError, RuntimeError) as e:
-    print(f"error: vLLM cannot be loaded ({short(e)}); pip install vllm==0.32.0", file=sys.stderr)
-    sys.exit(2)
+from eval.inplace import answers, engine, name_of, vllm  # noqa: E402 (vLLM reads the line above as it is loaded)
 
 
 class Served(Llava):
