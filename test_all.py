@@ -1026,7 +1026,7 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
     ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
     ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
     ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
-    ("choose", {}, {"choose": "no"}), ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
+    ("choose", {}, {"choose": 3}), ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
 def test_bad_pruners_are_named_before_memory_is_taken(words, tensors, changes, tmp_path):
     settings = {"model": str(TINY), "width": 64, "tokens": 144, "keep": 16} | changes
     tensors = {name: t.clone() for name, t in (Scorer(64).state_dict() | tensors).items() if t is not None}
