@@ -51,7 +51,7 @@ from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, criteria
 from model import Llava, load
 from results import study
-from throttler import Attention, Scorer, select, select_diverse, soft_top_k, standardised, vp_gate, whitening
+from throttler import Attention, Scorer, select, select_cover, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -313,14 +313,19 @@ def test_budgets_are_parsed_once_and_count():
 
 
 def test_greedy_choices_are_their_definitions_written_out():
-    scores, X, quality = torch.randn(3, 20), torch.randn(3, 20, 40), torch.linspace(0.5, 2, 20)
-    K, padded = torch.tensor([7, 3, 5]), (F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4)))
-    ways = select_diverse(*padded, K), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7, quality.expand(3, -1))
-    for s, x, *chosen in zip(scores, F.normalize(X.double(), dim=-1), *ways):
-        z, far, L = (s - s.mean()) / s.std(correction=0), 1 - x @ x.T, x @ x.T * quality.outer(quality)
-        values = (lambda i, kept: math.exp(z[i] / 2) * min([far[i, j].item() for j in kept], default=1),
-                  lambda i, kept: min(far[i, j].item() for j in kept or set(range(20)) - {i}),
-                  lambda i, kept: torch.logdet(L[[*kept, i]][:, [*kept, i]]).item())
+    scores, X = torch.randn(3, 20), torch.randn(3, 20, 40)
+    K, padded = torch.tensor([7, 3, 5]), (F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0))
+    ways = select_cover(*padded, K), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7)
+    for s, x, *chosen in zip(scores, X.double(), *ways):
+        z, cosine = (s - s.mean()) / s.std(correction=0), F.cosine_similarity(x[:, None], x, dim=-1)
+        centred = F.cosine_similarity((x - x.mean(0))[:, None], x - x.mean(0), dim=-1)
+
+        def covered(n, kept):
+            return max(0, *(centred[n, j].item() for j in kept))
+
+        values = (lambda i, kept: sum(math.exp(z[n]) * covered(n, [*kept, i]) for n in range(20)),
+                  lambda i, kept: min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i}),
+                  lambda i, kept: round(torch.logdet(cosine[[*kept, i]][:, [*kept, i]]).item(), 9))  # the first: 0
         for keep, value in zip(chosen, values):
             kept = []
             while len(kept) < (keep >= 0).sum():
@@ -328,7 +333,7 @@ def test_greedy_choices_are_their_definitions_written_out():
             assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept)
     assert [(row >= 0).sum() for row in ways[0]] == K.tolist()
     twins = torch.ones(2, 30, 3)
-    for keep in (select_diverse(torch.randn(2, 30), twins, 20), criteria.dpp(twins, 20)):
+    for keep in (select_cover(torch.randn(2, 30), twins, 20), criteria.dpp(twins, 20), criteria.coverage(twins, 20)):
         assert keep.shape == (2, 20) and (keep.diff(dim=1) > 0).all(), "no token twice, even if all are alike"
 
 
@@ -379,7 +384,7 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, nam
     graph = vlm, lambda X, valid: scores, torch.nn.Identity(), statistics
     losses = train.held_out_losses(graph, [(inputs, noise)], Budget(5), 0.7, recipe, Processes("cpu"))
     kept = scores >= scores.topk(5).values[:, -1:]  # (B, N)
-    chosen = torch.zeros_like(kept).scatter(1, select_diverse(scores, X, 5), True) if name == "ours" else kept
+    chosen = torch.zeros_like(kept).scatter(1, select_cover(scores, X, 5), True) if name == "ours" else kept
     full, deployed = (vlm.model(**masked(vlm, inputs, X, shown)).loss for shown in (real(inputs, X), chosen))
     alpha = soft_top_k(standardised(scores) if name == "ours" else scores, 5, 0.7)
     soft, hard = (vlm.loss(inputs, vp_gate(X.float(), a, *statistics, noise)) for a in (alpha, kept.float()))
@@ -1064,7 +1069,7 @@ def test_the_chooser_keeps_what_it_says(vlm, features):
     for options, keep, goes_by in (
             ({}, above, {"keep": "~16"}), ({"T": T}, above, {"threshold": T}),
             ({"budget": Budget(9)}, select(scores, 9), {"keep": "9"}),
-            ({"budget": Budget(9), "choose": "diverse"}, select_diverse(scores, X, 9), {"keep": "9"})):
+            ({"budget": Budget(9), "choose": "cover"}, select_cover(scores, X, 9), {"keep": "9"})):
         choose, told = pruner.chooser(vlm, scorer, settings, **options)
         assert choose(X, {}).equal(keep) and told == {**goes_by, "choose": options.get("choose", "top")}
     assert pruner.chooser(vlm, scorer, settings, Budget(144))[0](X, {}) is None
@@ -1216,7 +1221,7 @@ def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
     one, few, two, _ = made["rows"].values()
     assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
-    named = {"scorer", "scorer, diverse", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
+    named = {"scorer", "scorer, cover", "random", "norm", "diversity", "DPP", "uniform", "pooling", "CLS"}
     assert [set(ways) for ways in made["choosing"].values()] == [named, named]
 
 

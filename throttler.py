@@ -5,7 +5,7 @@ Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
     X -> Scorer -> s -> soft top-K -> alpha, summing to the budget K -> noise gate -> X̃
 
-Inference: X -> Scorer -> s -> select, or select_diverse -> K tokens, in their original order. Nothing else remains.
+Inference: X -> Scorer -> s -> select_cover, or select -> K tokens, in their original order. Nothing else remains.
 
     $ python throttler.py
     tau 2.0: alpha ['0.791', '0.441', '0.343', '0.326', '0.098'] sum 2.000000
@@ -207,20 +207,28 @@ def select(scores, K):
     return first_of(keep, K)
 
 
-def select_diverse(scores, X, K):
-    """As select, but of tokens that differ: greedily the one of largest e^(z/2) · distance to the nearest one kept.
+def select_cover(scores, X, K):
+    """As select, but tokens that cover what matters: greedily, they make this sum as large as they can,
 
-    z are the standardised scores, distance is 1 - cosine of the features X (B, N, d). The top K alone may keep several
-    tokens of one object and none of another; max-min distance is DivPrune's choice (arXiv 2503.02175).
+        Σ_i e^(z_i) · max over kept j of cos⁺(x_i - x̄, x_j - x̄)
+
+    z are the standardised scores, x the features X (B, N, d), x̄ the mean of an image's, and cos⁺ is 0 where the cosine
+    is below. So each token of weight has one like it among the kept. The K highest scores may keep several tokens of
+    one object and none of another. With equal scores this is MMTok's coverage (arXiv 2508.18264), without its text.
     """
     check_count(scores, K, 1)
-    padding, weight = scores.isneginf(), (standardised(scores) / 2).exp()  # (B, N)
-    x, nearest, keep = F.normalize(X.float(), dim=-1), torch.full_like(weight, 2.0), []
+    padding = scores.isneginf()
+    weight = standardised(scores).exp()  # (B, N), 0 for padding
+    x = X.float().masked_fill(padding[..., None], 0)
+    x = F.normalize(x - x.sum(1, keepdim=True) / (~padding).sum(1)[:, None, None], dim=-1)
+    alike = (x @ x.mT).clamp_min(0)  # (B, N, N)
+    rows, covered, keep = torch.arange(len(x), device=x.device), torch.zeros_like(weight), []
+    taken = padding.clone()
     for _ in range(int(torch.as_tensor(K).max())):
-        value = (weight * nearest.clamp_min(0)).masked_fill(padding, -0.5)  # -1 is kept already
-        keep.append(value.scatter(1, torch.stack(keep, 1), -1).argmax(-1) if keep else value.argmax(-1))
-        last = x.gather(1, keep[-1][:, None, None].expand(-1, 1, x.shape[-1]))  # (B, 1, d)
-        nearest = nearest.minimum(1 - (x @ last.mT)[..., 0])  # (B, N), distance to the nearest token kept
+        total = weight[:, None] @ alike.maximum(covered[..., None])  # (B, 1, N): the sum if token j were kept, too
+        keep.append(total[:, 0].masked_fill(taken, -1).argmax(-1))
+        covered = covered.maximum(alike[rows, keep[-1]])
+        taken[rows, keep[-1]] = True
     keep = torch.stack(keep, 1)  # (B, K), in the order of choice
     return first_of(keep.masked_fill(padding.gather(1, keep), -1), K)
 

@@ -70,7 +70,7 @@ class Recipe:
 
 
 RECIPES = {
-    "ours": Recipe(whiten=True, standardise=True, spread=2.0, tau=our_tau, denoiser=nn.Identity, choose="diverse"),
+    "ours": Recipe(whiten=True, standardise=True, spread=2.0, tau=our_tau, denoiser=nn.Identity, choose="cover"),
     "papers": Recipe(whiten=False, standardise=False, spread=1.0, tau=papers_tau, denoiser=Denoiser),
 }
 

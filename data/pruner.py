@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.budget import Budget, count_above, quantiles, real_tokens
 from data.files import ROOT, InputError, short
-from throttler import Scorer, select, select_diverse, standardised
+from throttler import Scorer, select, select_cover, standardised
 
 
 def default_pruner():
@@ -42,8 +42,8 @@ def load_pruner(folder):
             if name not in settings:
                 raise ValueError(f"pruner.json has no {name}")
         Budget.parse(settings["keep"])
-        if settings["choose"] not in ("top", "diverse"):
-            raise ValueError("choose must be top or diverse")
+        if settings["choose"] not in ("top", "cover"):
+            raise ValueError("choose must be top or cover")
         table = settings.get("thresholds") or {}
         for value in table.get("shares", []) + table.get("values", []):
             if not math.isfinite(value):
@@ -92,14 +92,14 @@ def threshold_of(budget, settings, N):
 
 
 def choose_by(how, scores, X, K):
-    """keep (B, K): the K highest of the scores (B, N), or, if `how` is "diverse", high ones of tokens that differ."""
-    return select_diverse(scores, X, K) if how == "diverse" else select(scores, K)
+    """keep (B, K): the K highest of the scores (B, N), or, if `how` is "cover", tokens that cover what scores high."""
+    return select_cover(scores, X, K) if how == "cover" else select(scores, K)
 
 
 def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens.
 
-    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: "top" or "diverse" (None: what
+    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: "top" or "cover" (None: what
     the pruner says). InputError for a budget that cannot be, or that the pruner has no threshold for.
     """
     how = choose or settings.get("choose", "top")

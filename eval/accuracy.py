@@ -20,10 +20,9 @@ from data.files import cli, read_image
 from data.pruner import chooser
 from data.questions import is_right, read_questions, yes_no
 from data.shapes.prepare import prepare
-from eval.criteria import criteria, dpp, each_image, pooled_grid, random_tokens
+from eval.criteria import criteria, each_image, pooled_grid, random_tokens
 from eval.tables import budgets, check, mean, save, show
 from infer import add_pruner_arguments, load_pruned
-from throttler import standardised
 
 WORDS = 128  # new tokens of an answer at most, as in infer.py
 
@@ -108,19 +107,15 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False):
     """Print accuracy by category and retention; return {row: {category: accuracy}}.
 
     The scorer's tokens are chosen as infer.py chooses them. Random is the mean of `seeds` draws, blind sees no token.
-    `others` adds what other papers choose by, and other choices from the scorer's scores.
+    `others` adds what other papers choose by, and the other choice from the scorer's scores.
     """
-    def scored_dpp(X, K):
-        return dpp(X, K, (standardised(scorer(X)) / 2).exp())
-
     whole = f"all {vlm.tokens or ''}".strip()
     ways = {whole: [lambda X, inputs: None]}
     for budget in budgets:
         ways[f"scorer {budget}"] = [chooser(vlm, scorer, settings, budget)[0]]
         if others:
-            other = "diverse" if settings.get("choose", "top") == "top" else "top"
+            other = "cover" if settings.get("choose", "top") == "top" else "top"
             ways[f"scorer, {other} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=other)[0]]
-            ways[f"scorer, DPP {budget.exact}"] = [by_budget(partial(each_image, scored_dpp), budget.exact)]
         ways |= free_choices(vlm, budget.exact, seeds, others)
     ways["blind"] = [lambda X, inputs: torch.full((len(X), 1), -1, device=X.device)]
 

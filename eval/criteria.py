@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from throttler import select
+from throttler import select, select_cover
 
 
 def random_tokens(X, K, generator=None):
@@ -62,18 +62,22 @@ def max_min_diversity(X, K):
     return torch.stack(keep, 1).sort(-1).values  # (B, K)
 
 
-def dpp(X, K, quality=None):
+def coverage(X, K):
+    """MMTok (arXiv 2508.18264) without its text part: tokens that cover all others, each of equal weight."""
+    return select_cover(torch.zeros(X.shape[:2], device=X.device), X, K)
+
+
+def dpp(X, K):
     """The most probable K tokens of a determinantal point process, greedily, in its fast form (arXiv 1709.05135).
 
-    Its kernel is L_ij = q_i·q_j·cos(x_i, x_j), whose determinant is large for tokens that are good and unlike each
-    other: CDPruner's (arXiv 2506.10967) without the question's part. quality (B, N): q, all one if not given.
+    Its kernel is L_ij = cos(x_i, x_j), whose determinant is large for tokens that are unlike each other: CDPruner's
+    (arXiv 2506.10967) without the question's part.
     """
     B, N, _ = X.shape  # images, visual tokens
     rows = torch.arange(B, device=X.device)
-    q = torch.ones(B, N, device=X.device) if quality is None else quality.float()
-    x = F.normalize(X.float(), dim=-1) * q[..., None]
+    x = F.normalize(X.float(), dim=-1)
     L = x @ x.mT  # (B, N, N)
-    gain = q.square()  # d² (B, N): by how much each token would multiply the determinant
+    gain = torch.ones(B, N, device=X.device)  # d² (B, N): by how much each token would multiply the determinant
     c = X.new_zeros(B, K, N, dtype=torch.float32)  # the kept tokens' rows of the Cholesky factor
     keep = []
     for i in range(K):
@@ -131,7 +135,8 @@ def each_image(choose, X, inputs, K):
 
 def criteria(vlm):
     """{name: choose(X, inputs, K)} of those that fit this model; choose as above."""
-    ways = {"random": random_tokens, "norm": feature_norm, "diversity": max_min_diversity, "DPP": dpp}
+    ways = {"random": random_tokens, "norm": feature_norm, "diversity": max_min_diversity, "DPP": dpp,
+            "coverage": coverage}
     if vlm.tokens and grid_of(vlm.tokens)[1] < 2:
         ways |= {"uniform": uniform_grid, "pooling": average_pooling}
     ways = {name: partial(each_image, choose) for name, choose in ways.items()}

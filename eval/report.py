@@ -58,7 +58,7 @@ def recipes(made):
     for name, row in made["rows"].items():
         losses = " / ".join(f"{row[key]:.2f}" for key in ("soft_loss", "hard_loss", "deployed_loss"))
         papers = " / ".join(map(str, PAPERS.get(name, ())))
-        for way in [way for way in ("top", "diverse") if way in row]:
+        for way in [way for way in ("top", "cover") if way in row]:
             kept = [spread(at["retention"]) for at in row[way].values()]
             rows.append([f"{name}, {way}", f"{row['hardness']:.2f}", losses, f"{row['seconds']:.0f}", *kept, papers])
         first = made["rows"].get(name.partition(",")[0], row)

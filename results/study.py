@@ -133,7 +133,7 @@ def trained(args):
 def variants(args):
     """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
     split = "validation" if args.study == "recipes" else "test"
-    ways = ["top"] if args.study == "ablations" else ["top", "diverse"]
+    ways = ["top"] if args.study == "ablations" else ["top", "cover"]
     texts = args.keep or ["48", "32", "16", "8", "~16"] + ["~48", "~32", "~8"] * (args.study == "budgets")
     folders, vlm = trained(args), load(TINY, args.device)
     rows, asked = read_questions(prepare() / f"{split}.jsonl"), dict(ALL)
