@@ -1,5 +1,5 @@
 """
-The denoiser: repairs each gated token from its own content. In training only, by the papers' recipe.
+The denoiser: repairs each gated token from its own content. In training only.
 
 One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token that could look at
 its neighbours would copy what the gate withheld, and the scorer would learn nothing. Softmax over a single key is 1,

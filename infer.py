@@ -7,9 +7,9 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
-The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps K tokens: together
-they cover what scores high, or with --choose top they are the K highest. --keep ~K keeps as many as score above the threshold by which the
-held-out images of the training keep K on average.
+The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps K tokens that together
+cover what scores high, or with --choose top the K highest. --keep ~K keeps as many as score above the threshold by
+which the held-out images of the training keep K on average.
 The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run resumes.
 """
 import argparse
@@ -50,8 +50,8 @@ def add_choice_arguments(parser):
         "that many on average (default: as the pruner was trained)")
     add("--threshold", type=float, metavar="T", help="keep as many tokens as score more than T standard "
         "deviations above the image's mean, at least one (a negative T as --threshold=-1)")
-    add("--choose", choices=("top", "cover"), help="the highest scores, or tokens that cover what scores high (default: "
-        "as the pruner was trained)")
+    add("--choose", choices=("top", "cover"), help="the highest scores, or tokens that cover what scores high "
+        "(default: as the pruner was trained)")
 
 
 def add_question_arguments(parser, batch=16, required=False):

@@ -61,25 +61,13 @@ class Scorer(nn.Module):
     def __init__(self, d_v):
         super().__init__()
         width = min(d_v, 1024)
-        self.register_buffer("mean", torch.zeros(d_v))  # of X, and a map (d_v, d_v) to read X - mean through:
-        self.register_buffer("map", torch.eye(d_v))  # the identity as in the papers, or what whiten() makes it
         self.inp = nn.Linear(d_v, width) if d_v != width else nn.Identity()
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
 
-    def whiten(self, mean, L):
-        """Read X in whitened coordinates (ours): W = V·λ^-½·Vᵀ, given L = V·λ^½ from whitening().
-
-        Without this a few directions of large variance hide all others. λ is floored at a tenth of its mean.
-        """
-        values = L.square().sum(0)  # λ (d_v,)
-        V = L / values.clamp_min(1e-30).sqrt()
-        self.mean.copy_(mean)
-        self.map.copy_((V * values.clamp_min(0.1 * values.mean().clamp_min(1e-30)).rsqrt()) @ V.T)
-
     def forward(self, X, valid=None):
-        x = self.inp((X.to(self.map.dtype) - self.mean) @ self.map)  # (B, N, d_v) -> (B, N, width)
+        x = self.inp(X.to(self.head.weight.dtype))  # (B, N, d_v) -> (B, N, width)
         for block in self.blocks:
             x = block(x, valid)
         scores = self.head(self.norm(x)).squeeze(-1)  # (B, N)
@@ -212,13 +200,13 @@ def select_cover(scores, X, K):
 
         Σ_i e^(z_i) · max over kept j of cos⁺(x_i - x̄, x_j - x̄)
 
-    z are the standardised scores, x the features X (B, N, d), x̄ the mean of an image's, and cos⁺ is 0 where the cosine
-    is below. So each token of weight has one like it among the kept. The K highest scores may keep several tokens of
-    one object and none of another. With equal scores this is MMTok's coverage (arXiv 2508.18264), without its text.
+    z are the standardised scores, x the features X (B, N, d), x̄ an image's mean, cos⁺ a cosine or else 0. So each
+    token that matters has one like it among the kept, while the K highest scores may be several of one object and none
+    of another. With equal scores this is MMTok's coverage (arXiv 2508.18264), without its text.
     """
     check_count(scores, K, 1)
     padding = scores.isneginf()
-    weight = standardised(scores).exp()  # (B, N), 0 for padding
+    weight = standardised(scores.float()).exp()  # (B, N), 0 for padding
     x = X.float().masked_fill(padding[..., None], 0)
     x = F.normalize(x - x.sum(1, keepdim=True) / (~padding).sum(1)[:, None, None], dim=-1)
     alike = (x @ x.mT).clamp_min(0)  # (B, N, N)

@@ -14,7 +14,6 @@ Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint
 import argparse
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.arguments import add_training_arguments, check_texts, check_training
 from data.budget import hardness_of, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
-from data.files import ROOT, cli, portable, rounded
+from data.files import ROOT, InputError, cli, portable, rounded
 from data.processes import Processes
 from data.pruner import choose_by, thresholds
 from data.questions import read_questions
@@ -36,7 +35,7 @@ from denoiser import Denoiser
 from eval.accuracy import accuracy_table, retention
 from eval.tables import budgets
 from model import DTYPES, add_device_arguments, load
-from throttler import Scorer, soft_top_k, standardised, vp_gate, whitening
+from throttler import Scorer, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
 
@@ -46,46 +45,34 @@ def cosine(start, end, t):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, t)))
 
 
-def papers_tau(t):
-    """From 2 to 0.1 along a cosine over the first half of the training (t from 0 to 1), then held."""
+def temperature(t):
+    """tau: from 2 to 0.1 along a cosine over the first half of the training (t from 0 to 1), then held."""
     return cosine(2.0, 0.1, 2 * t)
 
 
-def our_tau(t):
-    """From 1 to 0.02, a straight line in log tau over the first four fifths, then held."""
-    return 0.02 ** min(1.0, t / 0.8)
-
-
 @dataclass(frozen=True)
-class Recipe:
-    """What a training is made of: values, and functions that a study can replace."""
-    whiten: bool  # the scorer reads whitened tokens
-    standardise: bool  # tau counts in standard deviations of an image's scores, or the scorer undoes the annealing
-    spread: float  # each step draws its K from keep/spread to keep·spread, log-uniform
-    tau: Callable  # t -> temperature
-    denoiser: Callable  # d_v -> module; Identity is none
+class Parts:
+    """The parts of the method that an ablation replaces."""
     top_k: Callable = soft_top_k  # scores, K, tau -> alpha
     gate: Callable = vp_gate  # X, alpha, mean, L, noise -> X̃
-    choose: str = "top"  # how the deployed model chooses
-
-
-RECIPES = {
-    "ours": Recipe(whiten=True, standardise=True, spread=2.0, tau=our_tau, denoiser=nn.Identity, choose="cover"),
-    "papers": Recipe(whiten=False, standardise=False, spread=1.0, tau=papers_tau, denoiser=Denoiser),
-}
+    denoiser: Callable = Denoiser  # d_v -> module
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def feature_statistics(vlm, batches, seed, per_image=32):
-    """Mean (d,) and L (d, d) of the encoder's features, from some tokens of some training images."""
-    tokens, g = [], generator(seed, "tokens")
+    """Mean (d,) and L (d, d) of the encoder's features, and the most tokens that an image has, by some training images.
+
+    Of each image `per_image` tokens count.
+    """
+    tokens, most, g = [], 0, generator(seed, "tokens")
     for inputs, _ in batches:
         X = vlm.encode(inputs).float()  # (B, N, d)
         for x, n in zip(X, vlm.visual(inputs).sum(1).tolist()):
             tokens.append(x[torch.randperm(n, generator=g)[:per_image]])
-    return whitening(torch.cat(tokens))
+            most = max(most, n)
+    return *whitening(torch.cat(tokens)), most
 
 
 def words_in(inputs):
@@ -93,23 +80,21 @@ def words_in(inputs):
     return (inputs["labels"][:, 1:] != -100).sum()
 
 
-def forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, recipe):
+def forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, parts=Parts()):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
     statistics: mean (d,) and L (d, d) of the features. noise (B, N, d): standard normal. K: a Budget.
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d)   frozen encoder
     s = scorer(X, valid)                                        # (B, N)      one score for each token
-    if recipe.standardise:
-        s = standardised(s)                                     # (B, N)      mean 0, standard deviation 1
-    alpha = recipe.top_k(s, K.of(real_tokens(X, valid)), tau)   # (B, N)      in [0, 1], each row sums to K
-    X_tilde = recipe.gate(X, alpha, *statistics, noise)         # (B, N, d)   μ + √α·(X-μ) + √(1-α)·L·ε
+    alpha = parts.top_k(s, K.of(real_tokens(X, valid)), tau)    # (B, N)      in [0, 1], each row sums to K
+    X_tilde = parts.gate(X, alpha, *statistics, noise)          # (B, N, d)   μ + √α·(X-μ) + √(1-α)·L·ε
     X_bar = denoiser(X_tilde)                                   # (B, N, d)   in training only
     return vlm.loss(inputs, X_bar), alpha                       # next token, through the frozen LLM
 
 
 @torch.no_grad()
-def held_out_losses(graph, batches, K, tau, recipe, processes):
+def held_out_losses(graph, batches, K, tau, choose, processes, parts=Parts()):
     """Caption losses on held-out images, in nats per token, from all tokens to what is deployed.
 
     full: nothing is pruned. soft: as in training. hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still
@@ -119,17 +104,17 @@ def held_out_losses(graph, batches, K, tau, recipe, processes):
     sums = torch.zeros(5, device=vlm.model.device)
     for inputs, noise in batches:
         X, valid = vlm.encode(inputs).float(), inputs.get("valid")
-        keep = choose_by(recipe.choose, scorer(X, valid), X, K.of(real_tokens(X, valid)))  # (B, K)
+        keep = choose_by(choose, scorer(X, valid), X, K.of(real_tokens(X, valid)))  # (B, K)
         full, deployed = vlm.loss(inputs, X), vlm.loss(inputs, X, keep)
-        soft, hard = (forward(*graph, inputs, noise, K, t, recipe)[0] for t in (tau, 1e-9))
+        soft, hard = (forward(*graph, inputs, noise, K, t, parts)[0] for t in (tau, 1e-9))
         sums += torch.stack([full, soft, hard, deployed, torch.ones_like(full)]) * words_in(inputs)
     processes.sum(sums)
     return dict(zip(("full_loss", "soft_loss", "hard_loss", "deployed_loss"), (sums[:4] / sums[4]).tolist()))
 
 
-def train(args, recipe=None):
-    """Train as the arguments say; returns what pruner.json holds. A study may give a recipe of its own."""
-    recipe, processes = recipe or RECIPES[args.recipe], Processes(args.device)
+def train(args, parts=Parts()):
+    """Train as the arguments say; returns what pruner.json holds. An ablation gives parts of its own."""
+    processes = Processes(args.device)
 
     # data: pictures with captions; some are held out, to see the deployed loss on
     if not args.data:
@@ -137,7 +122,7 @@ def train(args, recipe=None):
     data = args.data or FOLDER / "train.json"
     questions = [] if args.questions == "none" else read_questions(args.questions, args.images)
     training, held_out = split(read_coco(data, args.images), args.seed)
-    settings = {name: getattr(args, name) for name in ("recipe", "steps", "batch", "lr", "seed", "dtype", "watch")}
+    settings = {name: getattr(args, name) for name in ("choose", "steps", "batch", "lr", "seed", "dtype", "watch")}
     settings |= {"data": portable(data), "model": portable(args.model), "keep": str(args.keep), "images": args.images}
     run = Run(args.out, settings, processes, args.resume, args.overwrite)
 
@@ -150,14 +135,14 @@ def train(args, recipe=None):
         vlm.recompute()
     keep, = budgets([str(args.keep)], vlm)
     torch.manual_seed(args.seed)
-    modules = nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": recipe.denoiser(vlm.width)})
+    modules = nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": parts.denoiser(vlm.width)})
     scorer, denoiser = modules.to(processes.device).values()
     learned = list(modules.parameters())
     base_lr = args.lr or 0.2 / scorer.head.in_features  # the papers' 2e-4 at width 1024
     optimizer = torch.optim.AdamW(learned, lr=base_lr)
     processes.say(f"{args.model}: {vlm.tokens or 'a varying number of'} visual tokens, keep {keep}; {len(training)} "
                   f"images to learn from, {len(held_out)} held out")
-    at_once, parts = processes.plan(vlm, sum(p.numel() for p in learned), args)
+    at_once, pieces = processes.plan(vlm, sum(p.numel() for p in learned), args)
 
     def batches(data, *ranges, bad=None):
         """(inputs, noise) for these ranges of sample numbers, as many at a time as fit; bad gathers the unreadable."""
@@ -168,9 +153,10 @@ def train(args, recipe=None):
                      for n, g in zip(vlm.visual(inputs).sum(1).tolist(), samples)]
             yield inputs, pad_sequence(noise, batch_first=True).to(vlm.model.device)
 
-    mean, L = feature_statistics(vlm, batches(Captions(training), range(min(1024, len(training)))), args.seed)
-    if recipe.whiten:
-        scorer.whiten(mean, L)
+    mean, L, most = feature_statistics(vlm, batches(Captions(training), range(min(1024, len(training)))), args.seed)
+    if keep.of(most) == most:
+        raise InputError(f"--keep {keep}: no picture has more tokens than {most}, so there is nothing to choose; give "
+                         "fewer")
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
@@ -178,21 +164,20 @@ def train(args, recipe=None):
     watched = list(batches(Captions([(ROOT / path, [PROMPT]) for path in args.watch]), range(len(args.watch))))
 
     for step in run.steps(args.steps, args.save_every):
-        tau, lr = recipe.tau(step / args.steps), cosine(base_lr, 0, step / args.steps)
-        K = keep.times(recipe.spread ** random.Random(f"{args.seed} budget {step}").uniform(-1, 1))
+        tau, lr = temperature(step / args.steps), cosine(base_lr, 0, step / args.steps)
         optimizer.param_groups[0]["lr"] = lr
 
         if watched and step % max(1, args.steps // 40) == 0:
             with torch.no_grad():
-                run.watch(step, tau, args.watch, [forward(*graph, *b, keep, tau, recipe)[1] for b in watched])
+                run.watch(step, tau, args.watch, [forward(*graph, *b, keep, tau, parts)[1] for b in watched])
 
-        # forward and backward, part by part
+        # forward and backward, piece by piece
         totals = torch.zeros(3, device=vlm.model.device)
-        for _, (inputs, noise) in zip(range(parts), todo):
-            loss, alpha = forward(*graph, inputs, noise, K, tau, recipe)
+        for _, (inputs, noise) in zip(range(pieces), todo):
+            loss, alpha = forward(*graph, inputs, noise, keep, tau, parts)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
-            hardness = hardness_of(alpha.detach(), K.of(real_tokens(alpha, inputs.get("valid"))))
+            hardness = hardness_of(alpha.detach(), keep.of(real_tokens(alpha, inputs.get("valid"))))
             totals += torch.stack([loss.detach() * words, words, hardness.sum()])
         processes.sum(totals, *(p.grad for p in learned))
         loss, words, hardness = totals.tolist()
@@ -209,17 +194,17 @@ def train(args, recipe=None):
         # now and then: evaluate on the deployed path, log, keep the best
         if step % args.eval_every == 0 or step == args.steps - 1:
             some = batches(Captions(held_out), processes.share(range(len(held_out)), even=args.shard))
-            losses = held_out_losses(graph, some, keep, tau, recipe, processes)
+            losses = held_out_losses(graph, some, keep, tau, args.choose, processes, parts)
             run.check_finite(step, sum(losses.values()))
             run.log({"step": step, "tau": tau, "lr": lr, "loss": loss, **losses, "hardness": hardness})
-            if run.best(recipe.tau(1.0)) is run.curve[-1]:
+            if run.best(temperature(1)) is run.curve[-1]:
                 run.write("scorer.safetensors", scorer.state_dict())
         pruned = run.curve[-1]["deployed_loss"]
         run.bar.set_postfix(loss=f"{loss:.3f}", pruned=f"{pruned:.3f}", hardness=f"{hardness:.2f}")
 
     # the thresholds that make a budget hold on average, and what all of it is worth
     made = {"model": portable(args.model), "width": vlm.width, "tokens": vlm.tokens, "keep": str(keep),
-            "choose": recipe.choose, "settings": settings, "best": run.best(recipe.tau(1.0)), "seconds": run.seconds(),
+            "choose": args.choose, "settings": settings, "best": run.best(temperature(1)), "seconds": run.seconds(),
             "finished": processes.first}
     if processes.first:
         scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
@@ -234,7 +219,7 @@ def train(args, recipe=None):
 
 def parse_arguments(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(ap, RECIPES)
+    add_training_arguments(ap)
     add_device_arguments(ap)
     return check_training(ap.parse_args(argv))
 

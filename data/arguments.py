@@ -11,7 +11,7 @@ from data.files import ROOT, InputError, portable, read_image
 from data.shapes.prepare import FOLDER
 
 
-def add_training_arguments(ap, recipes):
+def add_training_arguments(ap):
     """Three groups: what to learn from, how, and where the run is made."""
     add = ap.add_argument_group("data").add_argument
     add("--data", metavar="JSON", help="COCO captions file (default: the embedded one, drawn if missing)")
@@ -24,8 +24,8 @@ def add_training_arguments(ap, recipes):
     add = ap.add_argument_group("method").add_argument
     add("--keep", default="11.1%", metavar="K", help="tokens to keep: a number, or a share (default: 11.1%%, which is "
         "64 of LLaVA-1.5's 576)")
-    add("--recipe", choices=recipes, default="ours", help="ours, or the papers'; the README has what differs "
-        "(default: %(default)s)")
+    add("--choose", choices=("cover", "top"), default="cover", help="how the deployed model chooses: tokens that cover "
+        "what scores high, or as in the papers the highest scores (default: %(default)s)")
     add("--steps", type=int, help="training steps (default: 4000; without --data 200)")
     add("--batch", type=int, default=32, help="images a step, over all processes (default: %(default)s)")
     add("--lr", type=float, help="AdamW's learning rate at the start (default: the papers' 2e-4 for a scorer 1024 "

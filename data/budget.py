@@ -47,12 +47,6 @@ class Budget:
         """The same budget for each picture instead of on average."""
         return replace(self, average=False)
 
-    def times(self, factor):
-        """The budget multiplied, at least one token and at most all."""
-        if self.share is None:
-            return replace(self, count=max(1, round(self.count * factor)))
-        return replace(self, share=min(1.0, self.share * factor))
-
     def of(self, N):
         """K for a picture of N tokens, at least 1 and at most N: an int, or a tensor (B,) for a tensor of N."""
         if torch.is_tensor(N):

@@ -129,7 +129,7 @@ class Run:
             names = ", ".join(sorted(self.skipped))
             self.processes.say(f"unreadable images, {len(self.skipped)}, each replaced by the next: {names}")
         hardness = self.curve[-1]["hardness"] if self.curve else 1.0
-        if hardness < 0.9:
+        if hardness < 0.8:
             self.processes.say(f"warning: hardness {hardness:.2f} at the end: alpha is far from 0 and 1, so what was "
                                "trained is not what is deployed; try more --steps")
 

@@ -62,11 +62,6 @@ def max_min_diversity(X, K):
     return torch.stack(keep, 1).sort(-1).values  # (B, K)
 
 
-def coverage(X, K):
-    """MMTok (arXiv 2508.18264) without its text part: tokens that cover all others, each of equal weight."""
-    return select_cover(torch.zeros(X.shape[:2], device=X.device), X, K)
-
-
 def dpp(X, K):
     """The most probable K tokens of a determinantal point process, greedily, in its fast form (arXiv 1709.05135).
 
@@ -136,7 +131,7 @@ def each_image(choose, X, inputs, K):
 def criteria(vlm):
     """{name: choose(X, inputs, K)} of those that fit this model; choose as above."""
     ways = {"random": random_tokens, "norm": feature_norm, "diversity": max_min_diversity, "DPP": dpp,
-            "coverage": coverage}
+            "coverage": lambda X, K: select_cover(X.new_zeros(X.shape[:2]), X, K)}  # MMTok's (arXiv 2508.18264)
     if vlm.tokens and grid_of(vlm.tokens)[1] < 2:
         ways |= {"uniform": uniform_grid, "pooling": average_pooling}
     ways = {name: partial(each_image, choose) for name, choose in ways.items()}

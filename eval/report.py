@@ -53,33 +53,33 @@ def accuracy(made):
 
 
 def recipes(made):
-    """Also of ablations and budgets: the table, and how far each variant is from the first of its group at 16."""
+    """Also of ablations: the table, and how far each variant is from the first of its group at 16."""
     rows, said = [], []
     for name, row in made["rows"].items():
         losses = " / ".join(f"{row[key]:.2f}" for key in ("soft_loss", "hard_loss", "deployed_loss"))
         papers = " / ".join(map(str, PAPERS.get(name, ())))
+        first = made["rows"].get(name.partition(",")[0], row)
         for way in [way for way in ("top", "cover") if way in row]:
             kept = [spread(at["retention"]) for at in row[way].values()]
             rows.append([f"{name}, {way}", f"{row['hardness']:.2f}", losses, f"{row['seconds']:.0f}", *kept, papers])
-        first = made["rows"].get(name.partition(",")[0], row)
-        if first is not row and "16" in row["top"]:
-            this, base = row["top"]["16"]["retention"], first["top"]["16"]["retention"]
-            change, clear = mean(this) - mean(base), max(this) < min(base) or min(this) > max(base)
-            where = f"{'beyond' if clear else 'within'} the spread of the seeds" if len(this) > 1 else "with one seed"
-            said.append(f"- {name}: {change:+.1f} points at 16, {where}.")
-            if name in PAPERS and len(this) > 1:
-                theirs = PAPERS[name][2] - PAPERS["papers"][2]
-                said[-1] += f" The papers have {theirs:+.1f}: {supports(clear and change * theirs > 0)}."
+            if first is not row and "16" in row[way]:
+                this, base = row[way]["16"]["retention"], first[way]["16"]["retention"]
+                change, clear = mean(this) - mean(base), max(this) < min(base) or min(this) > max(base)
+                beyond = f"{'beyond' if clear else 'within'} the spread of the seeds" if len(this) > 1 else "one seed"
+                said.append(f"- {name}, {way}: {change:+.1f} points at 16, {beyond}.")
+                if way == "top" and name in PAPERS and len(this) > 1:
+                    theirs = PAPERS[name][2] - PAPERS["papers"][2]
+                    said[-1] += f" The papers have {theirs:+.1f}: {supports(clear and change * theirs > 0)}."
     header = ["variant", "hardness", "soft / hard / deployed", "seconds", *row["top"], "papers"]
     return [f"{made['steps']} steps each.", markdown(header, rows), "\n".join(said)]
 
 
-def budgets(made):
-    at = made["rows"]["ours"]["top"]
+def ablations(made):
+    at = made["rows"]["papers"]["cover"]
     counts = ", ".join(f"{kept:.1f} ({number})" for number, kept in at["~16"]["by_shapes"].items())
     change = mean(at["~16"]["retention"]) - mean(at["16"]["retention"])
     return [*recipes(made), f"The threshold ~16 keeps {at['~16']['kept']:.1f} tokens on average, by the number of "
-                            f"shapes {counts}. Against the top 16 it changes the retention by {change:+.1f} points."]
+                            f"shapes {counts}. Against 16 for each it changes the retention by {change:+.1f} points."]
 
 
 def probes(made):
@@ -143,7 +143,7 @@ def gpu(made):
     said, training = [], made.get("training")
     if training:
         planned, used = sum(training["planned GB"].values()), training["used GB"]
-        said.append(f"Training of the 7B, {training['images at once']} pictures a step, by the papers' recipe: "
+        said.append(f"Training of the 7B, {training['images at once']} pictures a step: "
                     f"{planned:.1f} GB planned, {used:.1f} used, {training['seconds a step']:.2f} s a step.")
     if "default" in made:
         done = json.loads(made["default"]["said"])
@@ -154,7 +154,7 @@ def gpu(made):
     return said
 
 
-SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": recipes, "ablations": recipes, "budgets": budgets,
+SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": recipes, "ablations": ablations,
             "ceiling": ceiling, "probes": probes, "positions": positions, "speed": speed, "gpu": gpu,
             "serving": serving, "flops": flops}
 

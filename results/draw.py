@@ -120,21 +120,17 @@ def attention():
 
 
 def graphs():
-    """Training by both recipes, and inference: the same parts in the same columns, so that what differs is seen."""
-    image, draw = canvas(2960, 1560)
-    columns = ["scene", "Encoder", "whiten", "Scorer", "standardise", "soft top-K", "noise gate", "Denoiser",
-               "Projector", "LLM"]
-    at = {name: 130 + 300 * i for i, name in enumerate(columns)} | {"choose K": 1630, "gather": 1930}
+    """Training and inference: the same parts in the same columns, so that what falls away is seen."""
+    image, draw = canvas(2360, 1080)
+    columns = ["scene", "Encoder", "Scorer", "soft top-K", "noise gate", "Denoiser", "Projector", "LLM"]
+    at = {name: 130 + 300 * i for i, name in enumerate(columns)} | {"choose K": 1030, "gather": 1330}
     fill = {"Encoder": FROZEN, "Projector": FROZEN, "LLM": FROZEN, "Scorer": LEARNED, "Denoiser": LEARNED}
-    rows = [("Training, ours", ["whiten", "Scorer", "standardise", "soft top-K"], ["noise gate", "Projector", "LLM"],
-             "each step draws its K; tau: a line in log tau", "caption", "next-token loss"),
-            ("Training, the papers'", ["Scorer", "soft top-K"], ["noise gate", "Denoiser", "Projector", "LLM"],
-             "one K; tau: a cosine from 2 to 0.1", "caption", "next-token loss"),
-            ("Inference", ["whiten", "Scorer", "choose K"], ["gather", "Projector", "LLM"], "", "question", "answer")]
-    for i, (title, upper, lower, note, given, wanted) in enumerate(rows):
+    rows = [("Training", ["Scorer", "soft top-K"], ["noise gate", "Denoiser", "Projector", "LLM"], "caption",
+             "next-token loss"),
+            ("Inference", ["Scorer", "choose K"], ["gather", "Projector", "LLM"], "question", "answer")]
+    for i, (title, upper, lower, given, wanted) in enumerate(rows):
         y, lower = 370 + 480 * i, ["Encoder", *lower]
         draw.text((40, y - 290), title, INK, font(44))
-        draw.text((at["whiten"], y + 20), note, INK, font(34))
         image.paste(example(0)[-1].resize((180, 180), Image.Resampling.BICUBIC), (40, y - 90))
         arrow(draw, (220, y), (at["Encoder"] - 118, y))
         arrow(draw, (at["Encoder"], y), (at["Encoder"], y - 190), (at[upper[0]] - 118, y - 190))
@@ -150,7 +146,7 @@ def graphs():
                 box(draw, at[name], level, name, fill.get(name, "white"))
     few = torch.zeros(tiny()[0].tokens).index_fill(0, example(0)[3][0], 1)
     image.paste(shown(0, few, 180), (at["gather"] - 90, y + 70))
-    draw.text((1300, 30), "orange learns, blue is frozen, white has no parameters", INK, font(36))
+    draw.text((1000, 30), "orange learns, blue is frozen, white has no parameters", INK, font(36))
     return half(image)
 
 

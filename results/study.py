@@ -2,9 +2,7 @@
 Studies on the embedded default. Each writes results/NAME.json and prints what it says.
 
     python -m results.study fidelity     # does the tiny VLM lose what real ones lose when tokens are missing? (minutes)
-    python -m results.study recipes      # each part of our recipe and of the papers', on validation questions (hours)
-    python -m results.study ablations    # the papers' ablations, on test questions (hours)
-    python -m results.study budgets      # one pruner for every budget; K for each picture, or on average (hours)
+    python -m results.study ablations    # the method, and the papers' ablations of it (hours)
     python -m results.study probes       # the papers' claims about gradients and noise (minutes)
     python -m results.study ceiling      # how far choosing goes, and where the scorer falls short (half an hour)
     python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
@@ -19,7 +17,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,11 +34,10 @@ from eval.accuracy import accuracies, by_budget, free_choices, retention, right_
 from eval.report import report, section
 from eval.tables import budgets, check, mean, save
 from model import add_device_arguments, load
-from throttler import Scorer, select, soft_top_k, vp_gate, whitening
-from train import PROMPT, RECIPES, forward, parse_arguments, train
+from throttler import Scorer, select, select_cover, soft_top_k, vp_gate, whitening
+from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
-OURS, PAPERS = RECIPES["ours"], RECIPES["papers"]
 LOGGED = ("hardness", "full_loss", "soft_loss", "hard_loss", "deployed_loss", "seconds")
 ALL = {"all": [lambda X, inputs: None]}
 
@@ -75,68 +71,50 @@ def global_denoiser(d_v):
     return Denoiser(d_v, diagonal=False)
 
 
-VARIANTS = {  # by study; each differs in one thing from the first of its group
-    "recipes": {
-        "ours": OURS,
-        "ours, raw input": replace(OURS, whiten=False),
-        "ours, raw scores": replace(OURS, standardise=False),
-        "ours, with denoiser": replace(OURS, denoiser=Denoiser),
-        "ours, one K": replace(OURS, spread=1.0),
-        "ours, papers' tau": replace(OURS, tau=PAPERS.tau),
-        "papers": PAPERS,
-        "papers, whitened input": replace(PAPERS, whiten=True),
-        "papers, standardised scores": replace(PAPERS, standardise=True),
-        "papers, no denoiser": replace(PAPERS, denoiser=OURS.denoiser),
-        "papers, range of K": replace(PAPERS, spread=OURS.spread),
-        "papers, our tau": replace(PAPERS, tau=OURS.tau)},
-    "ablations": {
-        "papers": PAPERS,
-        "papers, Gumbel": replace(PAPERS, top_k=gumbel_top_k, gate=scale_gate),
-        "papers, scale gate": replace(PAPERS, gate=scale_gate),
-        "papers, global denoiser": replace(PAPERS, denoiser=global_denoiser),
-        "papers, channel noise": replace(PAPERS, gate=channel_gate),
-        "papers, isotropic noise": replace(PAPERS, gate=isotropic_gate),
-        "ours": OURS,
-        "ours, Gumbel": replace(OURS, top_k=gumbel_top_k, gate=scale_gate),
-        "ours, scale gate": replace(OURS, gate=scale_gate)},
-    "budgets": {"ours": OURS, **{f"ours, only {K}": replace(OURS, spread=1.0) for K in (48, 32, 16, 8)}},
+def no_denoiser(d_v):
+    return torch.nn.Identity()
+
+
+VARIANTS = {  # each differs in one thing from the first
+    "papers": Parts(),
+    "papers, Gumbel": Parts(top_k=gumbel_top_k, gate=scale_gate),
+    "papers, scale gate": Parts(gate=scale_gate),
+    "papers, global denoiser": Parts(denoiser=global_denoiser),
+    "papers, no denoiser": Parts(denoiser=no_denoiser),
+    "papers, channel noise": Parts(gate=channel_gate),
+    "papers, isotropic noise": Parts(gate=isotropic_gate),
 }
 
 
 # --- studies that train -----------------------------------------------------------------------------------------------
 
 def trained(args):
-    """Train the study's variants, seeds 0 … n-1: {(variant, seed): folder}. What was made the same way is kept."""
-    variants, folders = VARIANTS[args.study], {}
-    for name in args.variants or variants:
-        if name not in variants:
-            raise InputError(f"--variants {name}: there are {', '.join(variants)}")
+    """Train the variants, seeds 0 … n-1: {(variant, seed): folder}. What was made the same way is kept."""
+    folders = {}
+    for name in args.variants or VARIANTS:
+        if name not in VARIANTS:
+            raise InputError(f"--variants {name}: there are {', '.join(VARIANTS)}")
         for seed in range(args.seeds):
             folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
-            only = re.search(r"only (\d+)", name)
-            argv = ["--keep", only[1] if only else "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
-                    "--questions", "none", "--device", args.device]
-            asked, made = parse_arguments(argv), folder / "variant.json"
+            asked, made = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
+                                           "--questions", "none", "--device", args.device]), folder / "variant.json"
             asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
             wanted = {field: str(getattr(asked, field)) for field in ("keep", "steps", "batch", "lr", "seed", "dtype")}
-            for field, value in vars(variants[name]).items():
-                wanted[field] = getattr(value, "__name__", value)  # a function by its name
+            wanted |= {field: value.__name__ for field, value in vars(VARIANTS[name]).items()}  # a function by its name
             if not made.exists() or json.loads(made.read_text()) != wanted:
                 print(f"training {name}, seed {seed}", file=sys.stderr)
                 made.unlink(missing_ok=True)
-                train(asked, recipe=variants[name])
+                train(asked, VARIANTS[name])
                 write(made, wanted)
             folders[name, seed] = folder
     return folders
 
 
-def variants(args):
+def ablations(args):
     """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
-    split = "validation" if args.study == "recipes" else "test"
-    ways = ["top"] if args.study == "ablations" else ["top", "cover"]
-    texts = args.keep or ["48", "32", "16", "8", "~16"] + ["~48", "~32", "~8"] * (args.study == "budgets")
-    folders, vlm = trained(args), load(TINY, args.device)
-    rows, asked = read_questions(prepare() / f"{split}.jsonl"), dict(ALL)
+    ways, texts = ("top", "cover"), args.keep or ["48", "32", "16", "8", "~16"]
+    folders, vlm, path = trained(args), load(TINY, args.device), Path(args.questions or prepare() / "test.jsonl")
+    rows, asked = read_questions(path), dict(ALL)
     for run, folder in folders.items():
         scorer, settings = load_pruner(folder)
         scorer = scorer.to(args.device)
@@ -161,7 +139,7 @@ def variants(args):
                     "by_category": {c: mean(answered[run][c] for run in runs) for c in answered["all"]},
                     "kept": mean(k for _, k in counts),
                     "by_shapes": {n: mean(k for m, k in counts if m == n) for n in dict.fromkeys(shapes.values())}}
-    return {"questions": split, "steps": end["step"] + 1, "rows": result}
+    return {"questions": path.stem, "steps": end["step"] + 1, "rows": result}
 
 
 # --- studies that look ------------------------------------------------------------------------------------------------
@@ -209,18 +187,18 @@ def positions(args):
             for place, model in (("original", vlm), ("closed up", closed))}
 
 
-def loss_of(graph, inputs, K, tau, recipe):
+def loss_of(graph, inputs, K, tau, parts=Parts()):
     """The training graph's loss, with noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
     vlm = graph[0]
     noise = torch.randn(len(inputs["input_ids"]), vlm.tokens, vlm.width, device=vlm.model.device)
-    return forward(*graph, inputs, noise=noise, K=Budget(K), tau=tau, recipe=recipe)[0]
+    return forward(*graph, inputs, noise=noise, K=Budget(K), tau=tau, parts=parts)[0]
 
 
-def descend(graph, batches, K, recipe, parameters, lr, steps, end=1.0):
+def descend(graph, batches, K, parameters, lr, steps, end=1.0, parts=Parts()):
     """So many steps of AdamW on these batches in turn, up to the share `end` of the schedule. Returns the losses."""
     optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0), []
     for step in tqdm(range(steps), dynamic_ncols=True, leave=False):
-        loss = loss_of(graph, batches[step % len(batches)], K, recipe.tau(end * step / steps), recipe)
+        loss = loss_of(graph, batches[step % len(batches)], K, temperature(end * step / steps), parts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,7 +227,7 @@ def probes(args):
         batches.append(vlm.inputs([read_image(path) for path in paths], [PROMPT] * 24, [said[0] for said in captions]))
     statistics = whitening(torch.cat([vlm.encode(inputs).float() for inputs in batches[:8]]))
     for variant in ("papers", "papers, Gumbel"):
-        recipe, result[variant] = VARIANTS["ablations"][variant], []
+        parts, result[variant] = VARIANTS[variant], []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             graph = vlm, Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device), statistics
@@ -257,18 +235,18 @@ def probes(args):
 
             def gradients(tau):
                 for inputs in batches[:8]:
-                    gradient = torch.autograd.grad(loss_of(graph, inputs, 16, tau, recipe), weights)
+                    gradient = torch.autograd.grad(loss_of(graph, inputs, 16, tau, parts), weights)
                     yield torch.cat([t.flatten() for t in gradient])
 
-            row = {"coherence at the start": coherence(gradients(recipe.tau(0)))}
+            row = {"coherence at the start": coherence(gradients(temperature(0)))}
             learned = [*weights, *graph[2].parameters()]
-            descend(graph, batches[8:], 16, recipe, learned, 2e-3, args.steps or 60, end=0.25)
-            row["coherence midway"] = coherence(gradients(recipe.tau(0.25)))
+            descend(graph, batches[8:], 16, learned, 2e-3, args.steps or 60, 0.25, parts)
+            row["coherence midway"] = coherence(gradients(temperature(0.25)))
             direction, losses = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights], []
             with torch.no_grad():
                 for _ in range(21):  # twenty steps of 1 % of the weights' norm
                     torch.manual_seed(seed)
-                    losses.append(loss_of(graph, batches[0], 16, recipe.tau(0.25), recipe).item())
+                    losses.append(loss_of(graph, batches[0], 16, temperature(0.25), parts).item())
                     for w, d in zip(weights, direction):
                         w += 0.01 * d
             row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
@@ -306,15 +284,16 @@ def ceiling(args):
         for inputs in batches:  # ten pictures
             scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
             graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), keep_all, statistics
-            descend(graph, [inputs], 16, OURS, [scores], 0.05, steps)
+            descend(graph, [inputs], 16, [scores], 0.05, steps)
             keeps.append(select(scores.detach(), 16))
         ways[name] = [lambda X, inputs, rest=iter(torch.cat(keeps)): torch.stack([next(rest) for _ in X])]
         if name == "captions":
             alone = Scorer(vlm.width).to(device)
-            alone.whiten(*statistics)
-            descend((vlm, alone, keep_all, statistics), batches, 16, OURS, alone.parameters(), 1e-3, 5 * steps)
+            repairs = Denoiser(vlm.width).to(device)
+            learned = [*alone.parameters(), *repairs.parameters()]
+            descend((vlm, alone, repairs, statistics), batches, 16, learned, 1e-3, 5 * steps)
     scorer, settings = load_pruner(SHIPPED)
-    ways |= {"these 50": [lambda X, inputs: select(alone(X), 16)],
+    ways |= {"these 50": [lambda X, inputs: select_cover(alone(X), X, 16)],
              "scorer": [chooser(vlm, scorer.to(args.device), settings, Budget(16))[0]]}
     return accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
 
@@ -329,7 +308,7 @@ GPU = {  # the parts of the study, beside the training of a 7B
 
 
 def train_7b():
-    """Twenty steps of a random 7B by the papers' recipe: the memory that was planned, and what was used."""
+    """Twenty steps of a random 7B: the memory that was planned, and what was used."""
     vlm, B = load("random:llava-1.5-7b", "cuda", torch.bfloat16), 4
     inputs = vlm.dummy_inputs(B, 40)
     inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (vlm.tokens + 20, 0), value=-100)  # captions of 20 tokens
@@ -337,7 +316,7 @@ def train_7b():
     graph = vlm, Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda(), statistics
     learned = [*graph[1].parameters(), *graph[2].parameters()]
     start = time.time()
-    losses = descend(graph, [inputs], 64, PAPERS, learned, 2e-4, 20)
+    losses = descend(graph, [inputs], 64, learned, 2e-4, 20)
     planned = vlm.memory(sum(p.numel() for p in learned), B)
     return {"images at once": B, "planned GB": {k: v / 1e9 for k, v in planned.items()}, "losses": losses,
             "used GB": torch.cuda.max_memory_allocated() / 1e9, "seconds a step": (time.time() - start) / 20}
@@ -358,8 +337,8 @@ def gpu(args):
     return result
 
 
-STUDIES = {"fidelity": fidelity, "recipes": variants, "ablations": variants, "budgets": variants, "probes": probes,
-           "ceiling": ceiling, "positions": positions, "gpu": gpu}
+STUDIES = {"fidelity": fidelity, "ablations": ablations, "probes": probes, "ceiling": ceiling, "positions": positions,
+           "gpu": gpu}
 
 
 def main():
@@ -372,7 +351,7 @@ def main():
     add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
         "it is not trained again (default: out/study)")
-    add("--questions", metavar="JSONL", help="fidelity: the questions (default: the embedded validation)")
+    add("--questions", metavar="JSONL", help="of fidelity, ablations (default: the embedded validation; test)")
     add("--to", type=Path, default=ROOT / "results", metavar="DIR", help="where it is written (default: results)")
     add_device_arguments(ap)
     args = ap.parse_args()
