@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 
 from data.arguments import number_type
 from data.files import InputError, cli
-from data.pruner import default_pruner, load_pruner
+from data.pruner import choose_by, default_pruner, load_pruner
 from eval.criteria import average_pooling, cls_attention, criteria, pooled_grid
 from eval.report import PUBLISHED, STAGES
 from eval.tables import budgets, check, percentile, save, show
@@ -55,12 +55,12 @@ class Clock:
 
 
 @torch.no_grad()
-def answer_once(vlm, scorer, inputs, K, prefill, words):
+def answer_once(vlm, scorer, inputs, K, how, prefill, words):
     """One answer of so many tokens, from pixels on: {stage: ms}, decode per token, and the bytes of the KV cache."""
     clock = Clock(vlm.model.device)
     X = vlm.encode(inputs)  # (B, N, d)
     clock.mark()
-    keep = select(scorer(X), K) if K else None  # (B, K)
+    keep = choose_by(how, scorer(X), X, K) if K else None  # (B, K)
     clock.mark()
     sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
     clock.mark()
@@ -146,7 +146,7 @@ def speed(vlm, args):
             for name, (inputs, K, tflops) in rows.items():
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                times, size = answer_once(vlm, scorer, inputs, K, prefill, args.words)
+                times, size = answer_once(vlm, scorer, inputs, K, args.choose, prefill, args.words)
                 peak = torch.cuda.max_memory_allocated() if cuda else None
                 result[name + mode] = {"tflops": tflops, "cache_bytes": size, "peak_bytes": peak}
                 runs.setdefault(name + mode, []).append(times)
@@ -169,7 +169,7 @@ def speed(vlm, args):
         row["images_per_second"] = {s: 1000 * batch / row[s]["median"] for s in ("prefill", "answer")}
     choosing = {name: {way: summary(runs[name, way][2:]) for way in ways} for name, ways in choosing.items()}
     return {"model": vlm.name, "batch": args.batch, "text": args.text, "words": args.words, "dtype": args.dtype,
-            "repeats": args.repeats, "rows": result, "choosing": choosing}
+            "repeats": args.repeats, "choose": args.choose, "rows": result, "choosing": choosing}
 
 
 def print_tables(vlm, args, made):
@@ -206,6 +206,8 @@ def main():
                     "(default: the model of your pruner, or of the one that ships)")
     ap.add_argument("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
                     help="tokens to keep (default: the papers' budgets, 33.3%% 22.2%% 11.1%%)")
+    ap.add_argument("--choose", choices=("cover", "top"), default="cover", help="how the scorer's tokens are chosen "
+                    "(default: %(default)s)")
     ap.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once, one or more sizes (default: 1)")
     ap.add_argument("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")
     ap.add_argument("--words", type=int, default=32, metavar="T", help="tokens of an answer (default: %(default)s)")
