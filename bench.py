@@ -98,7 +98,7 @@ def prefill_flops(vlm, lengths):
 @torch.no_grad()
 def ways_to_choose(vlm, scorer, inputs, X, K):
     """{name: a function without arguments} that chooses K tokens: the scorer, and every criterion of other papers."""
-    ways = {"scorer": lambda: select(scorer(X), K), "scorer, cover": lambda: select_cover(scorer(X), X, K)}
+    ways = {"scorer, top": lambda: select(scorer(X), K), "scorer, cover": lambda: select_cover(scorer(X), X, K)}
     for name, choose in criteria(vlm).items():
         if name == "CLS":  # the encoder has this at hand; it is not to run twice
             tower = vlm.model.model.vision_tower

@@ -1,8 +1,8 @@
 """
 The denoiser: repairs each gated token from its own content. In training only.
 
-One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token that saw others would
-copy from them what the gate withheld, and the scorer would learn nothing. Softmax over a single key is 1, so the whole
+One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token that saw others could
+copy from them what the gate withheld, and spoil what the scorer learns. Softmax over a single key is 1, so the whole
 attention collapses to two linear maps, and no attention scores need computing:
 
     softmax(q_i·k_i)·v_i = v_i        Attention(x)_i = W_o·W_v·x_i
@@ -33,7 +33,7 @@ class DiagonalAttention(nn.Module):
 class Denoiser(nn.Module):
     """X̃ (B, N, d_v) -> X̄ (B, N, d_v). diagonal=False is the papers' ablation: global attention.
 
-    It starts as the identity (its output layers are zero), so training begins from the gated tokens themselves.
+    It starts as the identity (the block's output layers are zero), so training begins from the gated tokens themselves.
     """
 
     def __init__(self, d_v, diagonal=True):

@@ -331,6 +331,7 @@ def test_greedy_choices_are_their_definitions_written_out():
                 kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
             assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept)
     assert [(row >= 0).sum() for row in ways[0]] == K.tolist()
+    assert select_cover(*padded, 22).tolist() == 3 * [[-1, -1, *range(20)]], "all that is real, and never padding"
     twins = torch.ones(2, 30, 3)
     for keep in (select_cover(torch.randn(2, 30), twins, 20), criteria.dpp(twins, 20)):
         assert keep.shape == (2, 20) and (keep.diff(dim=1) > 0).all(), "no token twice, even if all are alike"
@@ -1205,7 +1206,7 @@ def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
     one, few, two, _ = made["rows"].values()
     assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
-    named = {"scorer", "scorer, cover", "random", "norm", "diversity", "DPP", "coverage", "uniform", "pooling", "CLS"}
+    named = {*"random norm diversity DPP coverage uniform pooling CLS".split(), "scorer, top", "scorer, cover"}
     assert [set(ways) for ways in made["choosing"].values()] == [named, named]
 
 
@@ -1272,7 +1273,7 @@ def test_readme_snippets_stand_in_the_code_or_run_and_its_links_lead_somewhere(c
 def test_readme_table_is_what_was_measured():
     table = json.loads((ROOT / "results/accuracy.json").read_text())["accuracy"]
     kept = {name: f"{accuracy.retention(by, table['all 144']):.1f}" for name, by in table.items()}
-    names = "random norm pooling uniform CLS diversity DPP scorer".split() + ["scorer, top", "scorer, DPP"]
+    names = "random norm pooling uniform CLS diversity DPP coverage scorer".split() + ["scorer, top"]
     rows = re.findall(r"^\| [^|]+ \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", README, re.M)
     assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8)) for name in names]
 

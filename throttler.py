@@ -5,7 +5,7 @@ Training (AutoSelect, arXiv 2603.07135; DiffPrune, arXiv 2605.28051):
 
     X -> Scorer -> s -> soft top-K -> alpha, summing to the budget K -> noise gate -> X̃
 
-Inference: X -> Scorer -> s -> select_cover, or select -> K tokens, in their original order. Nothing else remains.
+Inference: X -> Scorer -> s; X, s -> select_cover -> K tokens, in their original order. Nothing else remains.
 
     $ python throttler.py
     tau 2.0: alpha ['0.791', '0.441', '0.343', '0.326', '0.098'] sum 2.000000
@@ -174,7 +174,8 @@ def vp_gate(X, alpha, mean, L, noise=None):
 def standardised(scores):
     """z = (s - mean) / standard deviation over each image's real tokens, (B, N) -> (B, N); padding stays -inf.
 
-    Soft top-K is blind to a shift of an image's scores, so their level means nothing. The level of z does.
+    Soft top-K is blind to a shift of an image's scores, so their level means nothing. The level of z does: thresholds
+    and select_cover read it.
     """
     padding = scores.isneginf()
     n = (~padding).sum(-1, keepdim=True)
@@ -184,7 +185,7 @@ def standardised(scores):
 
 
 def select(scores, K):
-    """The deployed choice: indices (B, K) of the K highest of the scores (B, N), ascending.
+    """The papers' choice: indices (B, K) of the K highest of the scores (B, N), ascending.
 
     ValueError unless 1 <= K <= N. K may be a tensor (B,); a row that keeps fewer than the most begins with -1.
     """
@@ -196,27 +197,27 @@ def select(scores, K):
 
 
 def select_cover(scores, X, K):
-    """As select, but tokens that cover what matters: greedily, they make this sum as large as they can,
+    """As select, but tokens that cover what matters: one after another, they make this sum as large as they can,
 
-        Σ_i e^(z_i) · max over kept j of cos⁺(x_i - x̄, x_j - x̄)
+        Σ_i w_i · max over kept j of cos⁺(x_i - x̄, x_j - x̄)        w = softmax(z), z the standardised scores
 
-    z are the standardised scores, x the features X (B, N, d), x̄ an image's mean, cos⁺ a cosine or else 0. So each
-    token that matters has one like it among the kept, while the K highest scores may be several of one object and none
-    of another. With equal scores this is MMTok's coverage (arXiv 2508.18264), without its text.
+    x are the features X (B, N, d), x̄ the mean of an image's, cos⁺ = max(0, cos): the sum is the share of all weight w
+    that is covered. So each token that matters has one like it among the kept. Coverage is MMTok's idea (arXiv
+    2508.18264); here the learned scores weigh it.
     """
     check_count(scores, K, 1)
     padding = scores.isneginf()
-    weight = standardised(scores.float()).exp()  # (B, N), 0 for padding
+    w = standardised(scores.float()).softmax(-1)  # (B, N), 0 for padding
     x = X.float().masked_fill(padding[..., None], 0)
     x = F.normalize(x - x.sum(1, keepdim=True) / (~padding).sum(1)[:, None, None], dim=-1)
-    alike = (x @ x.mT).clamp_min(0)  # (B, N, N)
-    rows, covered, keep = torch.arange(len(x), device=x.device), torch.zeros_like(weight), []
-    taken = padding.clone()
+    alike = (x @ x.mT).clamp_min(0)  # (B, N, N), cos⁺
+    covered, keep = torch.zeros_like(w), []  # covered (B, N): the max above, so far
+    barred, rows = 2.0 * padding, torch.arange(len(x), device=x.device)  # padding is not to be kept, nor a token twice
     for _ in range(int(torch.as_tensor(K).max())):
-        total = weight[:, None] @ alike.maximum(covered[..., None])  # (B, 1, N): the sum if token j were kept, too
-        keep.append(total[:, 0].masked_fill(taken, -1).argmax(-1))
+        total = w[:, None] @ alike.maximum(covered[..., None])  # (B, 1, N): the sum if token j were kept, too
+        keep.append((total[:, 0] - barred).argmax(-1))
         covered = covered.maximum(alike[rows, keep[-1]])
-        taken[rows, keep[-1]] = True
+        barred[rows, keep[-1]] = 4.0
     keep = torch.stack(keep, 1)  # (B, K), in the order of choice
     return first_of(keep.masked_fill(padding.gather(1, keep), -1), K)
 

@@ -6,8 +6,9 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
     torchrun --nproc_per_node 8 train.py --data …                           # the same on eight GPUs
 
 No token is dropped in training: each gets through in proportion to its weight alpha. What counts is the deployed path:
-the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; "loss" is higher, as
-it has noise in place of the rest. Hardness is the mean alpha of the K largest. A question file gives a closing table.
+the chosen tokens stay, the rest is gone. The bar shows its loss on held-out captions as "pruned"; "loss" is that of
+training, with repaired noise for the rest. Hardness is the mean alpha of the K largest. A question file gives a closing
+table.
 
 Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint; --resume continues it bit for bit.
 """
@@ -97,8 +98,8 @@ def forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, parts=Part
 def held_out_losses(graph, batches, K, tau, choose, processes, parts=Parts()):
     """Caption losses on held-out images, in nats per token, from all tokens to what is deployed.
 
-    full: nothing is pruned. soft: as in training. hard: tau -> 0, so alpha is 0 or 1, but a dropped token is still
-    there, as repaired noise. deployed: it is gone, without noise or denoiser.
+    full: nothing is pruned. soft: as in training. hard: tau -> 0, so alpha is 1 for the K highest scores, else 0, but a
+    dropped token is still there, as repaired noise. deployed: what `choose` keeps, without noise or denoiser.
     """
     vlm, scorer, *_ = graph
     sums = torch.zeros(5, device=vlm.model.device)

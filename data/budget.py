@@ -75,7 +75,7 @@ def quantiles(z, n=64):
 
 
 def count_above(z, T):
-    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for select."""
+    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for a choice."""
     return (z > T).sum(-1).clamp_min(1)
 
 

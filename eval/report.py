@@ -52,8 +52,8 @@ def accuracy(made):
     return [by_kind(made, full), " ".join(said)]
 
 
-def recipes(made):
-    """Also of ablations: the table, and how far each variant is from the first of its group at 16."""
+def variants(made):
+    """Each variant's losses and retention, and how far it is from the first of its group at 16."""
     rows, said = [], []
     for name, row in made["rows"].items():
         losses = " / ".join(f"{row[key]:.2f}" for key in ("soft_loss", "hard_loss", "deployed_loss"))
@@ -75,11 +75,13 @@ def recipes(made):
 
 
 def ablations(made):
-    at = made["rows"]["papers"]["cover"]
+    at = made["rows"].get("papers", {}).get("cover", {})
+    if not {"16", "~16"} <= set(at):
+        return variants(made)
     counts = ", ".join(f"{kept:.1f} ({number})" for number, kept in at["~16"]["by_shapes"].items())
     change = mean(at["~16"]["retention"]) - mean(at["16"]["retention"])
-    return [*recipes(made), f"The threshold ~16 keeps {at['~16']['kept']:.1f} tokens on average, by the number of "
-                            f"shapes {counts}. Against 16 for each it changes the retention by {change:+.1f} points."]
+    return [*variants(made), f"The threshold ~16 keeps {at['~16']['kept']:.1f} tokens on average, by the number of "
+                             f"shapes {counts}. Against 16 for each it changes the retention by {change:+.1f} points."]
 
 
 def probes(made):
@@ -154,7 +156,7 @@ def gpu(made):
     return said
 
 
-SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": recipes, "ablations": ablations,
+SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": variants, "ablations": ablations,
             "ceiling": ceiling, "probes": probes, "positions": positions, "speed": speed, "gpu": gpu,
             "serving": serving, "flops": flops}
 
