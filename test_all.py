@@ -512,6 +512,7 @@ def test_a_run_is_not_lost(tmp_path, tiny):
     (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
     complaint("checkpoint.safetensors", tiny, "--resume", "--steps", 1)
     complaint("a loss or its gradient is", tiny, "--overwrite", "--lr", 1e30)
+    complaint("nothing to choose", tiny, "--out", tmp_path / "all", "--keep", "all")
 
 
 @pytest.mark.parametrize("command, words", [
