@@ -294,7 +294,8 @@ def test_denoiser_repairs_each_token_from_itself_alone(diagonal, d_v):
         torch.nn.init.normal_(p, std=0.3)
     changed = x + F.one_hot(torch.tensor(2), 5)[:, None]
     moved = (denoiser(x) != denoiser(changed)).any(-1)[0]
-    assert moved.tolist() == [not diagonal or i == 2 for i in range(5)]
+    assert moved.tolist() == [not diagonal or i == 2 for i in range(5)] and not denoiser(x).isclose(x).all()
+    assert denoiser.block.norm1.normalized_shape == (min(d_v, 1024),)
 
 
 # --- budgets and choices ----------------------------------------------------------------------------------------------
@@ -312,17 +313,14 @@ def test_budgets_are_parsed_once_and_count():
 
 
 def test_greedy_choices_are_their_definitions_written_out():
-    scores, X = torch.randn(3, 20), torch.randn(3, 20, 40)
-    K, padded = torch.tensor([7, 3, 5]), (F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0))
+    scores, X = 3 * torch.randn(10, 20), torch.randn(10, 20, 40) + 2 * torch.randn(40)
+    K, padded = torch.arange(1, 11), (F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0))
     ways = select_cover(*padded, K), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7)
     for s, x, *chosen in zip(scores, X.double(), *ways):
         z, cosine = (s - s.mean()) / s.std(correction=0), F.cosine_similarity(x[:, None], x, dim=-1)
         centred = F.cosine_similarity((x - x.mean(0))[:, None], x - x.mean(0), dim=-1)
-
-        def covered(n, kept):
-            return max(0, *(centred[n, j].item() for j in kept))
-
-        values = (lambda i, kept: sum(math.exp(z[n]) * covered(n, [*kept, i]) for n in range(20)),
+        values = (lambda i, kept: sum(math.exp(z[n]) * max(0, *(centred[n, j].item() for j in [*kept, i]))
+                                      for n in range(20)),
                   lambda i, kept: min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i}),
                   lambda i, kept: round(torch.logdet(cosine[[*kept, i]][:, [*kept, i]]).item(), 9))  # the first: 0
         for keep, value in zip(chosen, values):
@@ -331,10 +329,10 @@ def test_greedy_choices_are_their_definitions_written_out():
                 kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
             assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept)
     assert [(row >= 0).sum() for row in ways[0]] == K.tolist()
-    assert select_cover(*padded, 22).tolist() == 3 * [[-1, -1, *range(20)]], "all that is real, and never padding"
-    twins = torch.ones(2, 30, 3)
-    for keep in (select_cover(torch.randn(2, 30), twins, 20), criteria.dpp(twins, 20)):
-        assert keep.shape == (2, 20) and (keep.diff(dim=1) > 0).all(), "no token twice, even if all are alike"
+    assert select_cover(*padded, 22).tolist() == 10 * [[-1, -1, *range(20)]], "all that is real, and never padding"
+    twins, scores = torch.ones(2, 30, 3), torch.randn(2, 30)
+    assert select_cover(scores, twins, 20).equal(select(scores, 20)), "where all are alike, the scores decide"
+    assert (criteria.dpp(twins, 20).diff(dim=1) > 0).all(), "no token twice, even if all are alike"
 
 
 def test_hardness_is_the_mean_of_the_largest_weights_and_coherence_the_mean_cosine_between_gradients():
@@ -370,6 +368,7 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, cho
     statistics, noise = whitening(X.float()), torch.randn(X.shape)
     graph = vlm, lambda X, valid: scores, torch.nn.Identity(), statistics
     losses = train.held_out_losses(graph, [(inputs, noise)], Budget(5), 0.7, choose, Processes("cpu"))
+    assert train.feature_statistics(vlm, [(inputs, noise)], 0)[-1] == real(inputs, X).sum(1).max()
     kept = scores >= scores.topk(5).values[:, -1:]  # (B, N)
     chosen = torch.zeros_like(kept).scatter(1, select_cover(scores, X, 5), True) if choose == "cover" else kept
     full, deployed = (vlm.model(**masked(vlm, inputs, X, shown)).loss for shown in (real(inputs, X), chosen))
@@ -577,12 +576,14 @@ def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch
     assert tokens == [5 * 32], "32 tokens of each training image"
 
 
-def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch):
+def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
     losses, at = iter([0.1, 5.0, 4.0, 3.0, 2.0, 3.5]), []
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
                         {"deployed_loss": next(losses)})
+    monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
     tiny("--steps", 10)
     log = log_of(tmp_path / "out")
+    assert "warning: hardness 0.79 at the end" in capsys.readouterr().err
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-3]["tau"] == log[-1]["tau"] == 0.1
     scorer, settings = pruner.load_pruner(tmp_path / "out")
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
@@ -611,6 +612,8 @@ def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, t
 @pytest.mark.parametrize("dtype, choose", [("bfloat16", "cover"), ("float16", "top")])
 def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path, tiny, monkeypatch, dtype, choose):
     out, half, argv, loaded = tmp_path / "out", tmp_path / "half", ("--steps", 2, "--choose", choose), []
+    asked, by = set(), pruner.choose_by
+    monkeypatch.setattr(train, "choose_by", lambda how, *rest: asked.add(how) or by(how, *rest))
     monkeypatch.setattr(train, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
     tiny(*argv)
     tiny(*argv, "--out", half, "--dtype", dtype, "--checkpointing", "--at-once", 2)
@@ -618,7 +621,7 @@ def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path,
     for a, b in zip(log_of(half), log_of(out)):
         assert a["deployed_loss"] == pytest.approx(b["deployed_loss"], rel=0.1)
     frozen, stock = loaded[0].model, load(TINY).model
-    assert pruner.load_pruner(out)[1]["choose"] == choose
+    assert pruner.load_pruner(out)[1]["choose"] == choose and asked == {choose}
     assert all(a.equal(b) for a, b in zip(frozen.state_dict().values(), stock.state_dict().values()))
 
 
@@ -1014,6 +1017,7 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
 
 @pytest.mark.parametrize("words, tensors, changes", [
     ("head.weight", {"head.weight": None}, {}), ("more", {"more": torch.ones(1)}, {}),
+    ("an earlier version", {"map": torch.ones(1)}, {}),
     ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
     ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
     ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
@@ -1153,6 +1157,7 @@ def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
         keep = choose(X, inputs, K)
         assert ((keep >= 0).sum(1) == K).all() and (keep < N[:, None]).all() and (keep[1, :2] == -1).all()
         assert name == "random" or keep[1, 2:].equal(choose(X[1:, :20], {}, 4)[0]), name
+    assert ways["coverage"](X, inputs, K)[0].equal(select_cover(torch.zeros(1, 30), X[:1], 6)[0])
 
 
 def drawn(folder):
@@ -1197,11 +1202,14 @@ def test_retention_leaves_out_what_the_full_model_never_gets_and_its_interval_is
     assert accuracy.bootstrap(pruned, full, rows) == pytest.approx((80 - half_width, 80 + half_width), abs=0.5)
 
 
-def test_bench_times_every_stage_row_and_choice(tmp_path, capsys):
+def test_bench_times_every_stage_row_and_choice(tmp_path, capsys, monkeypatch):
+    asked, by = set(), bench.choose_by
+    monkeypatch.setattr(bench, "choose_by", lambda how, *rest: asked.add(how) or by(how, *rest))
     run(bench.main, "speed", "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2,
-        "--words", 3, "--json", tmp_path / "speed.json")
+        "--words", 3, "--choose", "top", "--json", tmp_path / "speed.json")
     made = json.loads((tmp_path / "speed.json").read_text())["speed"]
-    assert list(made["rows"]) == [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
+    rows = [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
+    assert asked == {"top"} and list(made["rows"]) == rows
     for row in made["rows"].values():
         assert all(row[stage]["median"] > 0 for stage in ("encode", "project", "prefill", "first", "decode", "answer"))
     one, few, two, _ = made["rows"].values()

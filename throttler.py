@@ -203,7 +203,7 @@ def select_cover(scores, X, K):
 
     x are the features X (B, N, d), x̄ the mean of an image's, cos⁺ = max(0, cos): the sum is the share of all weight w
     that is covered. So each token that matters has one like it among the kept. Coverage is MMTok's idea (arXiv
-    2508.18264); here the learned scores weigh it.
+    2508.18264); here the learned scores weigh it. It takes N² numbers of memory for each image, and K·N² steps.
     """
     check_count(scores, K, 1)
     padding = scores.isneginf()
@@ -214,8 +214,8 @@ def select_cover(scores, X, K):
     covered, keep = torch.zeros_like(w), []  # covered (B, N): the max above, so far
     barred, rows = 2.0 * padding, torch.arange(len(x), device=x.device)  # padding is not to be kept, nor a token twice
     for _ in range(int(torch.as_tensor(K).max())):
-        total = w[:, None] @ alike.maximum(covered[..., None])  # (B, 1, N): the sum if token j were kept, too
-        keep.append((total[:, 0] - barred).argmax(-1))
+        gain = w[:, None] @ (alike - covered[..., None]).clamp_min(0)  # (B, 1, N): by how much token j would raise it
+        keep.append((gain[:, 0] + 1e-12 * w - barred).argmax(-1))  # of equal gains the highest score
         covered = covered.maximum(alike[rows, keep[-1]])
         barred[rows, keep[-1]] = 4.0
     keep = torch.stack(keep, 1)  # (B, K), in the order of choice

@@ -156,7 +156,7 @@ def train(args, parts=Parts()):
 
     mean, L, most = feature_statistics(vlm, batches(Captions(training), range(min(1024, len(training)))), args.seed)
     if keep.of(most) == most:
-        raise InputError(f"--keep {keep}: no picture has more tokens than {most}, so there is nothing to choose; give "
+        raise InputError(f"--keep {args.keep}: no picture has more tokens than {most}, so there is nothing to choose; give "
                          "fewer")
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, scorer, denoiser, (mean, L))

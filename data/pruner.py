@@ -43,7 +43,7 @@ def load_pruner(folder):
                 raise ValueError(f"pruner.json has no {name}")
         Budget.parse(settings["keep"])
         if settings["choose"] not in ("top", "cover"):
-            raise ValueError("choose must be top or cover")
+            raise ValueError("choose must be top or cover; earlier versions had others: train again")
         table = settings.get("thresholds") or {}
         for value in table.get("shares", []) + table.get("values", []):
             if not math.isfinite(value):
@@ -51,6 +51,8 @@ def load_pruner(folder):
         with torch.device("meta"):  # takes no memory, whatever width is named
             scorer = Scorer(settings["width"])
         with safe_open(folder / "scorer.safetensors", "pt") as file:
+            if "map" in file.keys():
+                raise ValueError("an earlier version made them; train again")
             for name, t in scorer.state_dict().items():
                 if file.get_slice(name).get_shape() != list(t.shape):
                     raise ValueError(f"{name} has another shape than by width {settings['width']}")
