@@ -156,8 +156,8 @@ def train(args, parts=Parts()):
 
     mean, L, most = feature_statistics(vlm, batches(Captions(training), range(min(1024, len(training)))), args.seed)
     if keep.of(most) == most:
-        raise InputError(f"--keep {args.keep}: no picture has more tokens than {most}, so there is nothing to choose; give "
-                         "fewer")
+        raise InputError(f"--keep {args.keep}: no picture has more tokens than {most}, so there is nothing to choose; "
+                         "give fewer")
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, scorer, denoiser, (mean, L))
     mine = [processes.share(range(i * args.batch, (i + 1) * args.batch)) for i in range(run.step, args.steps)]
