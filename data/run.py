@@ -36,7 +36,7 @@ class Run:
         if resume:
             self.tensors, self.state = read_checkpoint(self.checkpoint)
             for name, value in settings.items():
-                old = self.state["settings"].get(name)
+                old = self.state["settings"].get(name, "none, as an earlier version made it")
                 if old != value:
                     raise InputError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {old}; --resume "
                                      "needs the same")
