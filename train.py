@@ -177,7 +177,7 @@ def train(args, parts=Parts()):
         for _, (inputs, noise) in zip(range(pieces), todo):
             loss, alpha = forward(*graph, inputs, noise, keep, tau, parts)
             words = words_in(inputs)
-            (loss * words).backward()  # a sum over words, so that parts and processes add up to the whole batch
+            (loss * words).backward()  # a sum over words, so that pieces and processes add up to the whole batch
             hardness = hardness_of(alpha.detach(), keep.of(real_tokens(alpha, inputs.get("valid"))))
             totals += torch.stack([loss.detach() * words, words, hardness.sum()])
         processes.sum(totals, *(p.grad for p in learned))

@@ -49,16 +49,6 @@ def scale_gate(X, alpha, mean, L, noise=None):
     return alpha.unsqueeze(-1).to(X.dtype) * X
 
 
-def channel_gate(X, alpha, mean, L, noise=None):
-    """Noise with each channel's own variance, the diagonal of L·Lᵀ, but independent from channel to channel."""
-    return vp_gate(X, alpha, mean, L.square().sum(1).sqrt().diag(), noise)
-
-
-def isotropic_gate(X, alpha, mean, L, noise=None):
-    """Noise with one variance for all channels."""
-    return vp_gate(X, alpha, mean, L.square().sum(1).mean().sqrt().expand(len(L)).diag(), noise)
-
-
 def gumbel_top_k(scores, K, tau=1.0):
     """A sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through), for scale_gate."""
     noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
@@ -71,18 +61,11 @@ def global_denoiser(d_v):
     return Denoiser(d_v, diagonal=False)
 
 
-def no_denoiser(d_v):
-    return torch.nn.Identity()
-
-
-VARIANTS = {  # each differs in one thing from the first
+VARIANTS = {  # the papers', and their ablations
     "papers": Parts(),
     "papers, Gumbel": Parts(top_k=gumbel_top_k, gate=scale_gate),
     "papers, scale gate": Parts(gate=scale_gate),
     "papers, global denoiser": Parts(denoiser=global_denoiser),
-    "papers, no denoiser": Parts(denoiser=no_denoiser),
-    "papers, channel noise": Parts(gate=channel_gate),
-    "papers, isotropic noise": Parts(gate=isotropic_gate),
 }
 
 
@@ -276,14 +259,14 @@ def ceiling(args):
     texts = {"captions": ([PROMPT] * len(rows), told),  # five a picture, as there are five questions
              "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
     statistics = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * len(pictures[::5]))).float())
-    ways, keep_all = dict(ALL), torch.nn.Identity()
+    ways, no_denoiser = dict(ALL), torch.nn.Identity()
     torch.manual_seed(0)
     for name, (asked, said) in texts.items():
         batches = [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
         keeps = []
         for inputs in batches:  # ten pictures
             scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
-            graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), keep_all, statistics
+            graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), no_denoiser, statistics
             descend(graph, [inputs], 16, [scores], 0.05, steps)
             keeps.append(select(scores.detach(), 16))
         ways[name] = [lambda X, inputs, rest=iter(torch.cat(keeps)): torch.stack([next(rest) for _ in X])]
