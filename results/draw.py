@@ -144,6 +144,7 @@ def graphs():
                 arrow(draw, (at[a], level), (at[b] - 118, level))
             for name in names:
                 box(draw, at[name], level, name, fill.get(name, "white"))
+    arrow(draw, (at["choose K"], y), (at["choose K"], y - 140))  # covering compares the features
     few = torch.zeros(tiny()[0].tokens).index_fill(0, example(0)[3][0], 1)
     image.paste(shown(0, few, 180), (at["gather"] - 90, y + 70))
     draw.text((1000, 30), "orange learns, blue is frozen, white has no parameters", INK, font(36))
