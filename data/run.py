@@ -130,8 +130,8 @@ class Run:
             self.processes.say(f"unreadable images, {len(self.skipped)}, each replaced by the next: {names}")
         hardness = self.curve[-1]["hardness"] if self.curve else 1.0
         if hardness < 0.8:
-            self.processes.say(f"warning: hardness {hardness:.2f} at the end: alpha is far from 0 and 1, so what was "
-                               "trained is not what is deployed; try more --steps")
+            self.processes.say(f"warning: hardness {hardness:.2f} at the end: alpha is far from 0 and 1, so the scores "
+                               "learned from half-dropped tokens, which inference has not; try more --steps")
 
     def log(self, entry):
         """Add an evaluation to the curve and to log.jsonl."""
