@@ -214,7 +214,7 @@ def main():
     add("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
     add("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints (%(default)s)")
     add("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
-    add("--steps", type=int, nargs=3, default=[2500, 2200, 1200], help="of stage 1, and of both rounds of stage 2")
+    add("--steps", type=int, nargs=3, default=[2600, 2200, 1400], help="of stage 1, and of both rounds of stage 2")
     args = ap.parse_args()
     torch.manual_seed(0)
 
