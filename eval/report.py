@@ -101,8 +101,8 @@ def probes(made):
 
 def ceiling(made):
     kept = {name: retention(by, made["all"]) for name, by in made.items()}
-    return [by_kind(made, made["all"]), f"Scores optimised for each image by its captions keep {kept['captions']:.1f} %, "
-                                        f"the scorer that ships {kept['scorer']:.1f} %."]
+    return [by_kind(made, made["all"]), f"Scores optimised for each image by its captions keep "
+                                        f"{kept['captions']:.1f} %, the scorer that ships {kept['scorer']:.1f} %."]
 
 
 def positions(made):
