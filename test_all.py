@@ -490,8 +490,8 @@ def test_a_shard_is_half_of_every_layer():
     assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
 
 
-def test_a_run_is_not_lost(tmp_path, tiny):
-    """Not to another run, other settings, a full disk, or a loss that is no number."""
+def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
+    """Not to another run, other settings or weights, a full disk, or a loss that is no number."""
     def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file may become larger
         complaint("checkpoint.safetensors: cannot be written", tiny, "--overwrite")
@@ -501,13 +501,14 @@ def test_a_run_is_not_lost(tmp_path, tiny):
     tiny("--steps", 1)
     state = {f.name: f.read_bytes() for f in out.iterdir()}
     complaint("--overwrite", tiny)
-    for flag, value in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"),
-                        ("--watch", PICTURE)):
-        complaint(f"^{flag}", tiny, "--steps", 1, "--resume", flag, value)
+    for other in ("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"), ("--watch", PICTURE):
+        complaint(f"^{other[0]}", tiny, "--steps", 1, "--resume", *other)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         complaint("another run writes there", tiny, "--overwrite")
     assert in_a_process(full_disk) == 0 and {f.name: f.read_bytes() for f in out.iterdir()} == state
+    monkeypatch.setattr(train, "fingerprint", lambda model: "of other weights")
+    assert in_a_process(lambda: complaint("--model .* weights", tiny, "--steps", 1, "--resume")) == 0
     (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
     complaint("checkpoint.safetensors", tiny, "--resume", "--steps", 1)
     complaint("a loss or its gradient is", tiny, "--overwrite", "--lr", 1e30)

@@ -28,7 +28,7 @@ from data.budget import hardness_of, real_tokens
 from data.coco import Captions, generator, load_batches, read_coco, split
 from data.files import ROOT, InputError, cli, portable, rounded
 from data.processes import Processes
-from data.pruner import choose_by, thresholds
+from data.pruner import choose_by, fingerprint, thresholds
 from data.questions import read_questions
 from data.run import Run
 from data.shapes.prepare import FOLDER, prepare
@@ -129,6 +129,10 @@ def train(args, parts=Parts()):
 
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, "cpu" if args.shard else processes.device, DTYPES[args.dtype])
+    weights = fingerprint(vlm.model)
+    if run.state.setdefault("weights", weights) != weights:
+        raise InputError(f"--model {args.model}: has not the weights that the run in {args.out} began with; --resume "
+                         "needs the same")
     if args.shard:
         processes.shard(vlm)
     check_texts(vlm, data, training + held_out, PROMPT, questions)
