@@ -131,8 +131,8 @@ def train(args, parts=Parts()):
     vlm = load(args.model, "cpu" if args.shard else processes.device, DTYPES[args.dtype])
     weights = fingerprint(vlm.model)
     if run.state.setdefault("weights", weights) != weights:
-        raise InputError(f"--model {args.model}: has not the weights that the run in {args.out} began with; --resume "
-                         "needs the same")
+        raise InputError(f"--model {args.model}: its weights are not those that the run in {args.out} began with; "
+                         "--resume needs the same")
     if args.shard:
         processes.shard(vlm)
     check_texts(vlm, data, training + held_out, PROMPT, questions)
