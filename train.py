@@ -130,7 +130,7 @@ def train(args, parts=Parts()):
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, "cpu" if args.shard else processes.device, DTYPES[args.dtype])
     weights = fingerprint(vlm.model)
-    if run.state.setdefault("weights", weights) != weights:
+    if run.state.setdefault("weights", weights) != weights:  # a resumed run brings those that it began with
         raise InputError(f"--model {args.model}: its weights are not those that the run in {args.out} began with; "
                          "--resume needs the same")
     if args.shard:
