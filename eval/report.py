@@ -173,7 +173,7 @@ def section(folder, name):
 def report(folder, template):
     """Write RESULTS.md: the template with each {name} replaced by what was measured."""
     text = template.read_text(encoding="utf-8")
-    for name in ("fidelity_*", "ablations_*", "speed_gpu*", "flops_*", *SECTIONS):
+    for name in ("ablations_*", "speed_gpu*", "flops_*", *SECTIONS):
         text = text.replace("{" + name + "}", section(folder, name))
     (folder / "RESULTS.md").write_text(text, encoding="utf-8")
     print(f"wrote {folder / 'RESULTS.md'}")

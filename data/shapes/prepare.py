@@ -31,7 +31,8 @@ COLORS = {
 }
 PLACES = ["top left", "top right", "bottom left", "bottom right"]  # index: 2·(lower half) + (right half)
 NUMBERS = ["zero", "one", "two", "three", "four"]
-CLUTTER = 40  # pieces of clutter in a scene, at the most
+CLUTTER, STRANGERS = 40, 32  # scribbles and blobs, and larger things that have no name, in a scene: at the most
+STRANGE = [*(f"hollow {s}" for s in SHAPES[:3]), *(f"grey {s}" for s in SHAPES)]
 SPLITS = {"train": 4000, "validation": 200, "test": 500, "examples": 6}
 
 
@@ -48,13 +49,27 @@ def place_objects(rng):
         tries += 1
         if tries % 200 == 0:
             objects = []  # the first ones left no room
-        r = rng.uniform(11, 17)
+        r = rng.uniform(12, 18)
         x, y = rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)
         clear = min(abs(x - SIZE / 2), abs(y - SIZE / 2)) >= 6
         if clear and all(math.hypot(x - o["x"], y - o["y"]) >= r + o["r"] + 3 for o in objects):
             place, i = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)], len(objects)
             objects.append(dict(shape=shapes[i], color=colors[i], place=place, x=x, y=y, r=r))
     return objects
+
+
+def place_strangers(seed):
+    """Outlines and grey shapes, which no text speaks of: dicts of shape, color, tone (0 … 1), x, y, r (pixels)."""
+    rng, things = random.Random(f"strangers-{seed}"), []
+    for _ in range(rng.randint(0, STRANGERS)):
+        tone, x, y = rng.random(), rng.uniform(0, SIZE), rng.uniform(0, SIZE)
+        if rng.random() < 0.5:
+            shape, r = rng.choice(STRANGE[:3]), rng.uniform(8, 12)
+            color = colorsys.hsv_to_rgb(tone, rng.uniform(0.6, 1), rng.uniform(0.5, 1))
+        else:
+            shape, r, color = rng.choice(STRANGE[3:]), rng.uniform(5, 8), [0.15 + 0.8 * tone] * 3
+        things.append(dict(shape=shape, color=tuple(int(255 * c) for c in color), tone=tone, x=x, y=y, r=r))
+    return things
 
 
 def draw_scene(seed):
@@ -72,57 +87,42 @@ def draw_scene(seed):
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, CLUTTER)):
         draw_clutter(draw, rng)
+    for o in place_strangers(seed):
+        draw_shape(draw, o, o["color"], FINE)
     for o in objects:
-        color = tuple(min(255, max(0, c + rng.randint(-18, 18))) for c in COLORS[o["color"]])
-        draw_shape(draw, o["shape"], o["x"] * FINE, o["y"] * FINE, o["r"] * FINE, color)
+        draw_shape(draw, o, tuple(min(255, max(0, c + rng.randint(-18, 18))) for c in COLORS[o["color"]]), FINE)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX), objects
 
 
+def around(x, y, radii, turn=0.0):
+    """The corners of a polygon around (x, y): one at each of these distances, evenly turned."""
+    angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles)]
+
+
 def draw_clutter(draw, rng):
-    """One thing that no caption and no question speaks of, behind the objects: real pictures are full of them."""
-    kind = rng.choice(["stroke", "scribble", "dots", "blob", "hollow", "grey"])
+    """Draw one small thing, a scribble or a blob, at a random place and in a random colour."""
     x, y = rng.uniform(0, SIZE * FINE), rng.uniform(0, SIZE * FINE)
-    vivid = rng.uniform(0, 0.12) if kind == "grey" else rng.uniform(0.2, 1)
-    color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), vivid, rng.uniform(0.15, 1)))
-    if kind == "stroke":
-        length, turn = rng.uniform(24, 110), rng.uniform(0, 2 * math.pi)
-        end = (x + length * math.cos(turn), y + length * math.sin(turn))
-        draw.line((x, y, *end), fill=color, width=rng.randint(4, 11))
-    elif kind == "scribble":
-        points = [(x + rng.gauss(0, 26), y + rng.gauss(0, 26)) for _ in range(rng.randint(4, 9))]
-        draw.line(points, fill=color, width=rng.randint(3, 6), joint="curve")
-    elif kind == "dots":
-        for _ in range(rng.randint(3, 8)):
-            u, v, r = x + rng.gauss(0, 20), y + rng.gauss(0, 20), rng.uniform(3, 7)
-            draw.ellipse((u - r, v - r, u + r, v + r), fill=color)
-    elif kind == "blob":
+    color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.15, 1)))
+    if rng.random() < 0.5:
+        points = [(x + rng.gauss(0, 28), y + rng.gauss(0, 28)) for _ in range(rng.randint(2, 9))]
+        draw.line(points, fill=color, width=rng.randint(3, 10), joint="curve")
+    else:
         n, size = rng.randint(5, 9), rng.uniform(10, 24)
-        corners = [(size * rng.uniform(0.4, 1), 2 * math.pi * i / n) for i in range(n)]
-        draw.polygon([(x + q * math.cos(a), y + q * math.sin(a)) for q, a in corners], fill=color)
-    elif kind == "hollow":  # the outline of a shape is not a shape
-        draw_shape(draw, rng.choice(["circle", "square", "triangle"]), x, y, rng.uniform(20, 40), None, color, 6)
-    else:  # nor is a small grey one
-        draw_shape(draw, rng.choice(SHAPES), x, y, rng.uniform(14, 28), color)
+        draw.polygon(around(x, y, [size * rng.uniform(0.4, 1) for _ in range(n)]), color)
 
 
-def draw_shape(draw, shape, x, y, r, fill, outline=None, width=1):
-    """Draw one shape of radius r around (x, y)."""
-    def polygon(radii, turn=-math.pi / 2):
-        angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-        corners = [(x + q * r * math.cos(a), y + q * r * math.sin(a)) for q, a in zip(radii, angles)]
-        draw.polygon(corners, fill=fill, outline=outline, width=width)
-
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=outline, width=width)
-    elif shape == "square":
-        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill, outline, width)
-    elif shape == "triangle":
-        polygon([1.15] * 3)
-    elif shape == "star":
-        polygon([1.15, 0.45] * 5)
-    elif shape == "cross":
-        draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill=fill)
-        draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill=fill)
+def draw_shape(draw, o, color, scale):
+    """Draw an object or a stranger, `scale` times as large as it is."""
+    (*look, shape), x, y, r = o["shape"].split(), o["x"] * scale, o["y"] * scale, o["r"] * scale
+    fill, outline = (None, color) if look == ["hollow"] else (color, None)
+    if shape == "cross":
+        draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill)
+        draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill)
+    else:
+        radii = {"circle": [1] * 48, "square": [1.2] * 4, "triangle": [1.15] * 3, "star": [1.15, 0.45] * 5}[shape]
+        corners = around(x, y, [r * q for q in radii], math.pi / 4 if shape == "square" else -math.pi / 2)
+        draw.polygon(corners, fill, outline, 3 * scale)
 
 
 def caption(objects, rng):
@@ -169,8 +169,8 @@ def prepare(splits=SPLITS):
             annotations += [dict(id=2 * i + j, image_id=i, caption=caption(objects, rng)) for j in range(2)]
         if split in rows:
             for kind, text, label in questions(objects, rng):
-                number = len(rows[split])
-                rows[split].append(dict(question_id=number, image=name, text=text, label=label, category=kind))
+                row = dict(question_id=len(rows[split]), image=name, text=text, label=label, category=kind)
+                rows[split].append(row)
     write(FOLDER / "train.json", dict(images=images, annotations=annotations))
     for split, lines in rows.items():
         write(FOLDER / f"{split}.jsonl", lines)

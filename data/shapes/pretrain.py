@@ -10,7 +10,6 @@ This is data, not method: its product is committed. Two stages, because end to e
   2. Projector and Llama on frozen features, by next-token loss on captions and answers. All texts of a scene are
      packed behind its image, but each sees only the image and itself, at the positions it would have alone.
      In most steps the LLM sees a subset of the visual tokens: a VLM that has always seen all fails when some are gone.
-     The second round asks most for what is learned last: whether a thing of that colour and shape is there.
 """
 import argparse
 import io
@@ -33,21 +32,20 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 from data.files import cli, write
 from data.processes import Processes
 from data.run import Run
-from data.shapes.prepare import COLORS, FOLDER, PLACES, SHAPES, SIZE, caption, draw_scene, draw_shape, questions
+from data.shapes.prepare import (COLORS, FOLDER, PLACES, SHAPES, SIZE, STRANGE, caption, draw_scene, draw_shape,
+                                  place_objects, place_strangers, questions)
 
 PATCH = 8
 GRID = SIZE // PATCH  # 12 patches a side
 N = GRID * GRID
 CAPTION_PROMPT = "Describe the image."
-CHAT_TEMPLATE = FOLDER / "llava/chat_template.jinja"  # llava-hf/llava-1.5-7b-hf's own: USER: … ASSISTANT: …
 
 
 def build_processor():
-    """Byte-level BPE tokenizer (any text can be encoded) with CLIP's image processor, as one LlavaProcessor."""
+    """Byte-level BPE tokenizer (any text can be encoded), CLIP's image processor and llava-hf's chat template."""
     tokenizer, texts = ByteLevelBPETokenizer(), []
     for i in range(3000):
-        _, objects = draw_scene(f"tokenizer-{i}")
-        rng = random.Random(i)
+        objects, rng = place_objects(random.Random(f"tokenizer-{i}")), random.Random(i)
         said = [(CAPTION_PROMPT, caption(objects, rng)), *(q[1:] for q in questions(objects, rng))]
         texts += [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in said]
     tokenizer.train_from_iterator(texts, vocab_size=512, min_frequency=0, show_progress=False,
@@ -57,8 +55,8 @@ def build_processor():
                                    unk_token="<unk>", pad_token="<pad>", padding_side="left", model_max_length=1024,
                                    extra_special_tokens={"image_token": "<image>"})
     images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return LlavaProcessor(images, fast, patch_size=PATCH, vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE.read_text())
+    template = (FOLDER / "llava/chat_template.jinja").read_text()
+    return LlavaProcessor(images, fast, PATCH, "default", template, num_additional_image_tokens=1)
 
 
 def build_model(tokenizer):
@@ -86,12 +84,16 @@ def scenes_to_learn(n, image_processor):
         image.save(file, "JPEG", quality=92)  # the files on disk went through JPEG, too
         pixels[i] = image_processor(Image.open(file), return_tensors="pt").pixel_values[0]
         scenes.append(objects)
-        for number, o in enumerate(objects, 1):
+        for o in place_strangers(f"pretrain-{i}") + objects:  # as they lie on each other
             mask = Image.new("L", (SIZE, SIZE))
-            draw_shape(ImageDraw.Draw(mask), o["shape"], o["x"], o["y"], o["r"], 255)
+            draw_shape(ImageDraw.Draw(mask), o, 255, 1)
             covered = torch.tensor(list(mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes())) > 64  # (144,)
-            told = [1 + SHAPES.index(o["shape"]), 1 + list(COLORS).index(o["color"]), number, PLACES.index(o["place"])]
-            labels[i, :, covered] = torch.tensor(told, dtype=torch.uint8)[:, None]
+            if o in objects:
+                told = [SHAPES.index(o["shape"]) + 1, list(COLORS).index(o["color"]) + 1, objects.index(o) + 1]
+                labels[i, 3, covered] = PLACES.index(o["place"])
+            else:
+                told = [STRANGE.index(o["shape"]) + 6, int(6 * o["tone"]) + 7, 0]
+            labels[i, :3, covered] = torch.tensor(told, dtype=torch.uint8)[:, None]
     return pixels, scenes, labels
 
 
@@ -126,7 +128,7 @@ def descend(folder, learned, loss_at, steps, lr, weight_decay):
 def train_vision(folder, tower, pixels, scenes, labels, steps, batch=48):
     """Stage 1: the tower learns what stands where, patch by patch, and in its class token what there is."""
     told = torch.stack([content(objects) for objects in scenes])  # (scenes, 54)
-    sizes = {"shape": 1 + len(SHAPES), "color": 1 + len(COLORS), "where": len(PLACES)}
+    sizes = {"shape": 1 + len(SHAPES + STRANGE), "color": 1 + 2 * len(COLORS), "where": len(PLACES)}
     heads = nn.ModuleDict({name: nn.Linear(128, n) for name, n in sizes.items()} | {
         "pixels": nn.Linear(128, 3 * PATCH * PATCH), "content": nn.Linear(128, told.shape[1])})
 
@@ -149,7 +151,7 @@ def pack(objects, tokenizer, rng, start, exists):
     """All texts of a scene that stand behind its image: (T, 4), a row for each token: id, segment, position, target.
 
     Each text is a segment of its own, whose positions begin at `start`; target is 1 where a token is of an answer.
-    Beside the caption: two questions of each kind, or one of each and five more of 'exists'.
+    Beside the caption: two questions of each kind, or one of each and five more of 'exists', which is learned last.
     """
     rows, texts = [], {("caption", CAPTION_PROMPT, caption(objects, rng)), *questions(objects, rng)}
     texts |= {questions(objects, rng)[-1] for _ in range(5)} if exists else {*questions(objects, rng)}
@@ -172,9 +174,9 @@ def subset(x, region, K):
         score += (z - z.mean()) / z.std() * math.exp(random.uniform(math.log(0.5), math.log(4)))
     elif kind == 2:
         score += (2 * torch.randn(int(region.max()) + 1))[region]
-        for o in region[region > 0].unique():
-            mine = (region == o).nonzero()[:, 0]
-            score[mine[score[mine].argmax()]] = torch.inf
+    for o in region[region > 0].unique() if kind else ():
+        mine = (region == o).nonzero()[:, 0]
+        score[mine[score[mine].argmax()]] = torch.inf
     return score.topk(K).indices.sort().values
 
 
@@ -198,14 +200,12 @@ def train_language(folder, model, tokenizer, X, scenes, regions, steps, exists, 
         positions = torch.cat([torch.arange(len(before)).expand(batch, -1), len(before) + keep, position], 1)  # (B, L)
         segments = F.pad(segment, (P, 0), value=-2)  # what every text sees
         seen = (segments[:, None] == -2) | (segments[:, None] == segments[:, :, None])  # (B, query, key)
-        seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]  # (B, 1, L, L)
+        mask = (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril())[:, None]  # (B, 1, L, L)
         hidden = llama(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state[:, P:]
         said = target[:, 1:] == 1  # by the state before it
         return F.cross_entropy(model.lm_head(hidden[:, :-1][said]), ids[:, 1:][said])
 
-    learned = nn.ModuleDict({"llama": llama, "projector": projector, "head": model.lm_head})
-    descend(folder, learned, loss_at, steps, lr=2e-3, weight_decay=0.05)
+    descend(folder, nn.ModuleList([llama, projector, model.lm_head]), loss_at, steps, lr=2e-3, weight_decay=0.05)
 
 
 def main():
