@@ -1,5 +1,5 @@
 """
-RESULTS.md from template.md and the JSON files beside it: no table and no verdict in it is typed by hand.
+RESULTS.md: template.md, and in it the tables and verdicts that are made here from the JSON files beside it.
 
     python -m results.study report
 """

@@ -74,14 +74,14 @@ def build_model(tokenizer):
 def scenes_to_learn(n, image_processor):
     """Draw n scenes: pictures (n, 3, 96, 96) as the processor gives them, the objects of each, and labels.
 
-    These are (n, 4, 144): each patch's shape, colour and object, 0 for background, and quadrant (its object's or own).
+    (n, 4, 144) of each patch: shape and colour (a stranger's, too), object, 0 for none, quadrant (its object's or own).
     """
     pixels, scenes, half = torch.empty(n, 3, SIZE, SIZE, dtype=torch.half), [], torch.arange(GRID) // (GRID // 2)
     labels = torch.zeros(n, 4, N, dtype=torch.uint8)
     labels[:, 3] = (2 * half[:, None] + half).flatten()
     for i in tqdm(range(n), desc="drawing scenes", dynamic_ncols=True):
         (image, objects), file = draw_scene(f"pretrain-{i}"), io.BytesIO()
-        image.save(file, "JPEG", quality=92)  # the files on disk went through JPEG, too
+        image.save(file, "JPEG", quality=92)  # as the files on disk
         pixels[i] = image_processor(Image.open(file), return_tensors="pt").pixel_values[0]
         scenes.append(objects)
         for o in place_strangers(f"pretrain-{i}") + objects:  # as they lie on each other
@@ -92,7 +92,7 @@ def scenes_to_learn(n, image_processor):
                 told = [SHAPES.index(o["shape"]) + 1, list(COLORS).index(o["color"]) + 1, objects.index(o) + 1]
                 labels[i, 3, covered] = PLACES.index(o["place"])
             else:
-                told = [STRANGE.index(o["shape"]) + 6, int(6 * o["tone"]) + 7, 0]
+                told = [len(SHAPES) + STRANGE.index(o["shape"]) + 1, len(COLORS) + int(6 * o["tone"]) + 1, 0]
             labels[i, :3, covered] = torch.tensor(told, dtype=torch.uint8)[:, None]
     return pixels, scenes, labels
 
@@ -165,8 +165,8 @@ def pack(objects, tokenizer, rng, start, exists):
 def subset(x, region, K):
     """K of the visual tokens, ascending: x (N, d) their features, region (N,) which object each lies on.
 
-    A third each. Uniform; along a random direction of the features, whatever that prefers; or object by object, each
-    thinned at its own rate but none emptied. With uniform ones alone the LLM counts by the mass of object tokens.
+    A third each. Uniform; along a random direction of the features, whatever that prefers; or each object thinned at its
+    own rate. The last two leave some of each. With uniform ones alone the LLM counts by the mass of object tokens.
     """
     score, kind = -(-torch.rand(N).clamp_min(1e-9).log()).log(), random.randrange(3)  # Gumbel noise
     if kind == 1:
