@@ -165,7 +165,7 @@ def pack(objects, tokenizer, rng, start, exists):
 def subset(x, region, K):
     """K of the visual tokens, ascending: x (N, d) their features, region (N,) which object each lies on.
 
-    A third each. Uniform; along a random direction of the features, whatever that prefers; or each object thinned at its
+    A third each. Uniform; along a random direction of the features, whatever it prefers; or each object thinned at its
     own rate. The last two leave some of each. With uniform ones alone the LLM counts by the mass of object tokens.
     """
     score, kind = -(-torch.rand(N).clamp_min(1e-9).log()).log(), random.randrange(3)  # Gumbel noise
