@@ -96,7 +96,7 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
             seen = {}  # image: (picture, its X, its keep)
             for at in range(0, len(window), batch):
                 part = window[at:at + batch]
-                new = list({rows[i]["image"]: i for i in part if rows[i]["image"] not in seen})
+                new = list(dict.fromkeys(rows[i]["image"] for i in part if rows[i]["image"] not in seen))
                 if new:
                     pictures = [read_image(image, vlm.processor.image_processor) for image in new]
                     inputs = vlm.inputs(pictures, ["?"] * len(new))
@@ -132,7 +132,7 @@ def answer_to(vlm, inputs, X, keep, max_new_tokens, cache=None):
 
 
 def prefill_ms(*question):
-    """How long the first token of an answer takes: the shortest of three times, unless it takes a second."""
+    """How long the first token of an answer takes: the shortest of three tries; after a second no more are made."""
     times = []
     while len(times) < 3 and max(times, default=0) < 1000:
         start = time.perf_counter()
@@ -220,7 +220,7 @@ def answer_one(args, vlm, image, choose, scorer):
         write(args.show, sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question,
                                (full_answer, answer)))
         print(f"wrote {args.show}")
-    print(f"kept {len(kept)} of {N} tokens, prefill {select_ms + ms:.0f} ms (all tokens: {all_ms:.0f} ms)")
+    print(f"kept {len(kept)} of {N} tokens, choice and prefill {select_ms + ms:.0f} ms (all tokens: {all_ms:.0f} ms)")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "selection_ms": round(select_ms, 3),
                           "prefill_ms": round(ms, 3), "prefill_ms_all": round(all_ms, 3)}))

@@ -11,9 +11,9 @@ Nothing is patched: the tokens are computed, chosen and gathered here, and the s
 A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the full sequence with
 the dropped tokens masked out in every layer, and keeping all tokens exactly equal to the stock model.
 
-Three backbones, one class each, chosen by config.json's model_type. They differ in how tokens leave the encoder and
-where they go in the prompt, and in nothing else. Where pictures of a batch have different numbers of tokens, X is
-padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
+Three backbones, one class each, chosen by config.json's model_type. They differ in how tokens leave the encoder and are
+projected, and in their places and positions in the prompt. Where pictures of a batch have different numbers of tokens,
+X is padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
 """
 import torch
 import torch.nn.functional as F

@@ -1108,7 +1108,7 @@ def test_one_question_from_the_command_line(vlm, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", picture)
         run(infer.main, "-", QUESTIONS[0], *SHIPPED, "--show", tmp_path / "kept.png", "--json")
     (*_, told, last), err = map(str.splitlines, capsys.readouterr())
-    assert re.fullmatch(r"kept 16 of 144 tokens, prefill \d+ ms \(all tokens: \d+ ms\)", told)
+    assert re.fullmatch(r"kept 16 of 144 tokens, choice and prefill \d+ ms \(all tokens: \d+ ms\)", told)
     assert len(json.loads(last)["kept"]) == 16 and Image.open(tmp_path / "kept.png").width == 1240
     assert len(err) == 1 and "model data/shapes/llava, pruner" in err[0]
 

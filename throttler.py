@@ -167,7 +167,7 @@ def vp_gate(X, alpha, mean, L, noise=None):
     noise = (noise.to(L.dtype) @ L.T).to(X.dtype)  # L·ε
     alpha = alpha.unsqueeze(-1)  # (B, N, 1)
     a, b = _sqrt(alpha).to(X.dtype), _sqrt(1 - alpha).to(X.dtype)
-    # x̃ = μ + √α·(x - μ) + √(1-α)·L·ε   (DiffPrune's gate; written so that α = 1 gives back x exactly)
+    # x̃ = μ + √α·(x - μ) + √(1-α)·L·ε   (the papers' gate, on whitened tokens; α = 1 gives back x)
     return a * X + (1 - a) * mean.to(X.dtype) + b * noise
 
 
@@ -212,10 +212,10 @@ def select_cover(scores, X, K):
     x = F.normalize(x - x.sum(1, keepdim=True) / (~padding).sum(1)[:, None, None], dim=-1)
     alike = (x @ x.mT).clamp_min(0)  # (B, N, N), cos⁺
     covered, keep = torch.zeros_like(w), []  # covered (B, N): the max above, so far
-    barred, rows = 2.0 * padding, torch.arange(len(x), device=x.device)  # padding is not to be kept, nor a token twice
+    barred, rows = 2.0 * padding, torch.arange(len(x), device=x.device)  # no padding, no token twice: a gain is <= 1
     for _ in range(int(torch.as_tensor(K).max())):
         gain = w[:, None] @ (alike - covered[..., None]).clamp_min(0)  # (B, 1, N): by how much token j would raise it
-        keep.append((gain[:, 0] + 1e-12 * w - barred).argmax(-1))  # of equal gains the highest score
+        keep.append((gain[:, 0] + 1e-12 * w - barred).argmax(-1))  # where nothing is gained, the highest score
         covered = covered.maximum(alike[rows, keep[-1]])
         barred[rows, keep[-1]] = 4.0
     keep = torch.stack(keep, 1)  # (B, K), in the order of choice

@@ -81,21 +81,21 @@ def words_in(inputs):
     return (inputs["labels"][:, 1:] != -100).sum()
 
 
-def forward(vlm, scorer, denoiser, statistics, inputs, noise, K, tau, parts=Parts()):
+def forward(vlm, scorer, denoiser, statistics, inputs, noise, budget, tau, parts=Parts()):
     """The training graph, (loss, alpha): no token is dropped, each gets through in proportion to its weight alpha.
 
-    statistics: mean (d,) and L (d, d) of the features. noise (B, N, d): standard normal. K: a Budget.
+    statistics: mean (d,) and L (d, d) of the features. noise (B, N, d): standard normal. budget gives K.
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d)   frozen encoder
     s = scorer(X, valid)                                        # (B, N)      one score for each token
-    alpha = parts.top_k(s, K.of(real_tokens(X, valid)), tau)    # (B, N)      in [0, 1], each row sums to K
+    alpha = parts.top_k(s, budget.of(real_tokens(X, valid)), tau)  # (B, N)   in [0, 1], each row sums to K
     X_tilde = parts.gate(X, alpha, *statistics, noise)          # (B, N, d)   μ + √α·(X-μ) + √(1-α)·L·ε
     X_bar = denoiser(X_tilde)                                   # (B, N, d)   in training only
     return vlm.loss(inputs, X_bar), alpha                       # next token, through the frozen LLM
 
 
 @torch.no_grad()
-def held_out_losses(graph, batches, K, tau, choose, processes, parts=Parts()):
+def held_out_losses(graph, batches, budget, tau, choose, processes, parts=Parts()):
     """Caption losses on held-out images, in nats per token, from all tokens to what is deployed.
 
     full: nothing is pruned. soft: as in training. hard: tau -> 0, so alpha is 1 for the K highest scores, else 0, but a
@@ -105,9 +105,9 @@ def held_out_losses(graph, batches, K, tau, choose, processes, parts=Parts()):
     sums = torch.zeros(5, device=vlm.model.device)
     for inputs, noise in batches:
         X, valid = vlm.encode(inputs).float(), inputs.get("valid")
-        keep = choose_by(choose, scorer(X, valid), X, K.of(real_tokens(X, valid)))  # (B, K)
+        keep = choose_by(choose, scorer(X, valid), X, budget.of(real_tokens(X, valid)))  # (B, K)
         full, deployed = vlm.loss(inputs, X), vlm.loss(inputs, X, keep)
-        soft, hard = (forward(*graph, inputs, noise, K, t, parts)[0] for t in (tau, 1e-9))
+        soft, hard = (forward(*graph, inputs, noise, budget, t, parts)[0] for t in (tau, 1e-9))
         sums += torch.stack([full, soft, hard, deployed, torch.ones_like(full)]) * words_in(inputs)
     processes.sum(sums)
     return dict(zip(("full_loss", "soft_loss", "hard_loss", "deployed_loss"), (sums[:4] / sums[4]).tolist()))
@@ -138,14 +138,14 @@ def train(args, parts=Parts()):
     check_texts(vlm, data, training + held_out, PROMPT, questions)
     if args.checkpointing:
         vlm.recompute()
-    keep, = budgets([str(args.keep)], vlm)
+    budget, = budgets([str(args.keep)], vlm)
     torch.manual_seed(args.seed)
     modules = nn.ModuleDict({"scorer": Scorer(vlm.width), "denoiser": parts.denoiser(vlm.width)})
     scorer, denoiser = modules.to(processes.device).values()
     learned = list(modules.parameters())
     base_lr = args.lr or 0.2 / scorer.head.in_features  # the papers' 2e-4 at width 1024
     optimizer = torch.optim.AdamW(learned, lr=base_lr)
-    processes.say(f"{args.model}: {vlm.tokens or 'a varying number of'} visual tokens, keep {keep}; {len(training)} "
+    processes.say(f"{args.model}: {vlm.tokens or 'a varying number of'} visual tokens, keep {budget}; {len(training)} "
                   f"images to learn from, {len(held_out)} held out")
     at_once, pieces = processes.plan(vlm, sum(p.numel() for p in learned), args)
 
@@ -159,7 +159,7 @@ def train(args, parts=Parts()):
             yield inputs, pad_sequence(noise, batch_first=True).to(vlm.model.device)
 
     mean, L, most = feature_statistics(vlm, batches(Captions(training), range(min(1024, len(training)))), args.seed)
-    if keep.of(most) == most:
+    if budget.of(most) == most:
         raise InputError(f"--keep {args.keep}: no picture has more tokens than {most}, so there is nothing to choose; "
                          "give fewer")
     run.hold(modules, optimizer, {"mean": mean, "L": L})
@@ -174,15 +174,15 @@ def train(args, parts=Parts()):
 
         if watched and step % max(1, args.steps // 40) == 0:
             with torch.no_grad():
-                run.watch(step, tau, args.watch, [forward(*graph, *b, keep, tau, parts)[1] for b in watched])
+                run.watch(step, tau, args.watch, [forward(*graph, *b, budget, tau, parts)[1] for b in watched])
 
         # forward and backward, piece by piece
         totals = torch.zeros(3, device=vlm.model.device)
-        for _, (inputs, noise) in zip(range(pieces), todo):
-            loss, alpha = forward(*graph, inputs, noise, keep, tau, parts)
+        for _, (inputs, noise) in zip(range(pieces), todo):  # in this order zip takes none too many
+            loss, alpha = forward(*graph, inputs, noise, budget, tau, parts)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words, so that pieces and processes add up to the whole batch
-            hardness = hardness_of(alpha.detach(), keep.of(real_tokens(alpha, inputs.get("valid"))))
+            hardness = hardness_of(alpha.detach(), budget.of(real_tokens(alpha, inputs.get("valid"))))
             totals += torch.stack([loss.detach() * words, words, hardness.sum()])
         processes.sum(totals, *(p.grad for p in learned))
         loss, words, hardness = totals.tolist()
@@ -199,7 +199,7 @@ def train(args, parts=Parts()):
         # now and then: evaluate on the deployed path, log, keep the best
         if step % args.eval_every == 0 or step == args.steps - 1:
             some = batches(Captions(held_out), processes.share(range(len(held_out)), even=args.shard))
-            losses = held_out_losses(graph, some, keep, tau, args.choose, processes, parts)
+            losses = held_out_losses(graph, some, budget, tau, args.choose, processes, parts)
             run.check_finite(step, sum(losses.values()))
             run.log({"step": step, "tau": tau, "lr": lr, "loss": loss, **losses, "hardness": hardness})
             if run.best(temperature(1)) is run.curve[-1]:
@@ -208,7 +208,7 @@ def train(args, parts=Parts()):
         run.bar.set_postfix(loss=f"{loss:.3f}", pruned=f"{pruned:.3f}", hardness=f"{hardness:.2f}")
 
     # the thresholds that make a budget hold on average, and what all of it is worth
-    made = {"model": portable(args.model), "width": vlm.width, "tokens": vlm.tokens, "keep": str(keep),
+    made = {"model": portable(args.model), "width": vlm.width, "tokens": vlm.tokens, "keep": str(budget),
             "choose": args.choose, "settings": settings, "best": run.best(temperature(1)), "seconds": run.seconds(),
             "finished": processes.first}
     if processes.first:
@@ -216,8 +216,8 @@ def train(args, parts=Parts()):
         made["thresholds"] = thresholds(vlm, scorer, batches(Captions(held_out), range(len(held_out))))
         run.write("pruner.json", rounded(made))
         if questions and not args.shard:
-            table = accuracy_table(vlm, scorer, made, questions, [keep])
-            full, pruned = table[f"all {vlm.tokens or ''}".strip()], table[f"scorer {keep}"]
+            table = accuracy_table(vlm, scorer, made, questions, [budget])
+            full, pruned = table[f"all {vlm.tokens or ''}".strip()], table[f"scorer {budget}"]
             made |= {"retention": retention(pruned, full), "by_category": table}
     return made
 

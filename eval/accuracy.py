@@ -29,9 +29,9 @@ WORDS = 128  # new tokens of an answer at most, as in infer.py
 
 @torch.no_grad()
 def right_or_wrong(vlm, rows, ways):
-    """({row: [was each question answered right]}, {row: [tokens kept for it]}) for the ways {row: [choose, …]}.
+    """({way: [was each question answered right]}, {way: [tokens kept for it]}) for the ways {way: [choose, …]}.
 
-    choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A row is the mean of its
+    choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A way counts as the mean of its
     choices. Each picture of a batch is encoded once, and each choice made once for all questions about it.
     """
     batch, polar = 50 * 576 // (vlm.tokens or 3600), yes_no(rows)  # as many tokens as of 50 pictures of LLaVA-1.5
@@ -60,7 +60,7 @@ def right_or_wrong(vlm, rows, ways):
 
 
 def accuracies(right, rows):
-    """{row: {category: share of right answers}} of what right_or_wrong gives."""
+    """{way: {category: share of right answers}} of what right_or_wrong gives."""
     categories = sorted({row["category"] for row in rows})
     return {name: {c: mean(r for r, row in zip(answers, rows) if row["category"] == c) for c in categories}
             for name, answers in right.items()}

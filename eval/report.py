@@ -47,8 +47,9 @@ def accuracy(made):
     for K, kept in at.items():
         best = max([way for way in kept if not way.startswith("scorer")], key=kept.get, default=None)
         if best and "scorer" in kept:
-            verdict = "The scorer wins" if kept["scorer"] > kept[best] else "The scorer does **not** win"
-            said.append(f"{verdict} at {K}: it keeps {kept['scorer']:.1f} %, and {best} {kept[best]:.1f} %.")
+            ours, theirs = f"{kept['scorer']:.1f}", f"{kept[best]:.1f}"
+            verdict = "The scorer wins" if float(ours) > float(theirs) else "The scorer does **not** win"
+            said.append(f"{verdict} at {K}: it keeps {ours} %, and {best} {theirs} %.")
     return [by_kind(made, full), " ".join(said)]
 
 

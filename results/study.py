@@ -78,11 +78,12 @@ def trained(args):
         if name not in VARIANTS:
             raise InputError(f"--variants {name}: there are {', '.join(VARIANTS)}")
         for seed in range(args.seeds):
-            folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
-            asked, made = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
-                                           "--questions", "none", "--device", args.device]), folder / "variant.json"
+            folder = args.runs / args.choose / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
+            made, fields = folder / "variant.json", ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
+            asked = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
+                                     "--questions", "none", "--device", args.device, "--choose", args.choose])
             asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
-            wanted = {field: str(getattr(asked, field)) for field in ("keep", "steps", "batch", "lr", "seed", "dtype")}
+            wanted = {field: str(getattr(asked, field)) for field in fields}
             wanted |= {field: value.__name__ for field, value in vars(VARIANTS[name]).items()}  # a function by its name
             if not made.exists() or json.loads(made.read_text()) != wanted:
                 print(f"training {name}, seed {seed}", file=sys.stderr)
@@ -109,7 +110,7 @@ def ablations(args):
     shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
     result = {}
     for name in dict.fromkeys(name for name, _ in folders):
-        *_, end = ends = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
+        ends = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
                           for seed in range(args.seeds)]
         result[name] = {key: mean(run[key] for run in ends) for key in LOGGED}
         for way in ways:
@@ -122,7 +123,7 @@ def ablations(args):
                     "by_category": {c: mean(answered[run][c] for run in runs) for c in answered["all"]},
                     "kept": mean(k for _, k in counts),
                     "by_shapes": {n: mean(k for m, k in counts if m == n) for n in dict.fromkeys(shapes.values())}}
-    return {"questions": path.stem, "steps": end["step"] + 1, "rows": result}
+    return {"questions": path.stem, "steps": ends[-1]["step"] + 1, "rows": result}
 
 
 # --- studies that look ------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def loss_of(graph, inputs, K, tau, parts=Parts()):
     """The training graph's loss, with noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
     vlm = graph[0]
     noise = torch.randn(len(inputs["input_ids"]), vlm.tokens, vlm.width, device=vlm.model.device)
-    return forward(*graph, inputs, noise=noise, K=Budget(K), tau=tau, parts=parts)[0]
+    return forward(*graph, inputs, noise=noise, budget=Budget(K), tau=tau, parts=parts)[0]
 
 
 def descend(graph, batches, K, parameters, lr, steps, end=1.0, parts=Parts()):
@@ -264,7 +265,7 @@ def ceiling(args):
     for name, (asked, said) in texts.items():
         batches = [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
         keeps = []
-        for inputs in batches:  # ten pictures
+        for inputs in batches:  # ten pictures each, as right_or_wrong asks about them: all questions of a picture
             scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
             graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), no_denoiser, statistics
             descend(graph, [inputs], 16, [scores], 0.05, steps)
@@ -332,20 +333,22 @@ def main():
     add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
     add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
     add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
+    add("--choose", choices=["cover", "top"], default="cover", help="of what is trained: the choice by which its best "
+        "scorer is told; with top the file is ablations_top.json (default: cover)")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
         "it is not trained again (default: out/study)")
     add("--questions", metavar="JSONL", help="of fidelity, ablations (default: the embedded validation; test)")
     add("--to", type=Path, default=ROOT / "results", metavar="DIR", help="where it is written (default: results)")
     add_device_arguments(ap)
     args = ap.parse_args()
-    args.json = args.to / f"{args.study}.json"
+    args.json = args.to / f"{args.study}{'_top' * (args.choose == 'top')}.json"
     check(args, "seeds", "steps")
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")
     args.seeds = args.seeds or (5 if args.study == "fidelity" else 3)
     seeds = {} if args.study in ("ceiling", "positions", "gpu") else {"seeds": args.seeds}
     save(args.json, "python -m results.study", {**seeds, args.study: STUDIES[args.study](args)})
-    print(section(args.to, args.study))
+    print(section(args.to, args.json.stem))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
-Train the tiny LLaVA of the embedded default from nothing, on two CPU cores.
+Train a tiny LLaVA like the embedded default's from nothing, on two CPU cores. This is data, not method.
 
-    python -m data.shapes.pretrain         # writes data/shapes/llava/, in the llava-hf format; resumes if killed
+    python -m data.shapes.pretrain         # writes out/llava/, in the llava-hf format; resumes if killed
 
-This is data, not method: its product is committed. Two stages, because end to end from scratch stalls:
+Two stages, because end to end from scratch stalls. The one in git was made in pieces by them (results/RESULTS.md):
 
   1. The vision tower alone (CLIP, with a class token). Every patch tells its shape, colour, quadrant and own pixels;
      the class token tells what is in the picture, so that its attention means something.
@@ -174,9 +174,9 @@ def subset(x, region, K):
         score += (z - z.mean()) / z.std() * math.exp(random.uniform(math.log(0.5), math.log(4)))
     elif kind == 2:
         score += (2 * torch.randn(int(region.max()) + 1))[region]
-    for o in region[region > 0].unique() if kind else ():
-        mine = (region == o).nonzero()[:, 0]
-        score[mine[score[mine].argmax()]] = torch.inf
+    if kind:
+        for o in region[region > 0].unique():
+            score[score.masked_fill(region != o, -torch.inf).argmax()] = torch.inf
     return score.topk(K).indices.sort().values
 
 
@@ -211,7 +211,7 @@ def train_language(folder, model, tokenizer, X, scenes, regions, steps, exists, 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
-    add("--out", type=Path, default=FOLDER / "llava", help="folder to write to (%(default)s)")
+    add("--out", type=Path, default=Path("out/llava"), help="folder to write to (%(default)s)")
     add("--work", type=Path, default=Path("out/pretrain"), help="folder of checkpoints (%(default)s)")
     add("--scenes", type=int, default=24000, help="scenes to learn from (%(default)s)")
     add("--steps", type=int, nargs=3, default=[2600, 2200, 1400], help="of stage 1, and of both rounds of stage 2")
