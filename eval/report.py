@@ -114,6 +114,11 @@ def positions(made):
     return [by_kind(table, far, "of the first row"), said]
 
 
+def objects(made):
+    rows = [[way, *(f"{100 * share:.1f}" for share in on.values())] for way, on in made.items()]
+    return [markdown(["tokens, %", *(f"on {kind}" for kind in made["all"])], rows)]
+
+
 def speed(made):
     columns, rows = [*STAGES[:-1], "first", "decode"], []
     published = PUBLISHED if "llava-1.5-7b" in made["model"] else {}
@@ -156,7 +161,7 @@ def gpu(made):
     return said
 
 
-SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "recipes": variants, "ablations": ablations,
+SECTIONS = {"fidelity": fidelity, "accuracy": accuracy, "objects": objects, "recipes": variants, "ablations": ablations,
             "ceiling": ceiling, "probes": probes, "positions": positions, "speed": speed, "gpu": gpu,
             "serving": serving, "flops": flops}
 

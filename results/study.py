@@ -6,6 +6,7 @@ Studies on the embedded default. Each writes results/NAME.json and prints what i
     python -m results.study probes       # the papers' claims about gradients and noise (minutes)
     python -m results.study ceiling      # how far choosing goes, and where the scorer falls short (half an hour)
     python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
+    python -m results.study objects      # what the kept tokens lie on (a minute)
     python -m results.study gpu          # all that needs a GPU
     python -m results.study report       # RESULTS.md, from all JSON files that are there
 """
@@ -28,7 +29,8 @@ from data.coco import read_coco
 from data.files import ROOT, InputError, cli, portable, read_image, write
 from data.pruner import chooser, load_pruner
 from data.questions import read_questions
-from data.shapes.prepare import caption, draw_scene, prepare
+from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
+from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
 from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
 from eval.report import report, section
@@ -169,6 +171,23 @@ def positions(args):
             "diversity": free["diversity 16"], "uniform": free["uniform 16"]}
     return {place: accuracies(right_or_wrong(model, rows, ways)[0], rows)
             for place, model in (("original", vlm), ("closed up", closed))}
+
+
+@torch.no_grad()
+def objects(args):
+    """What 16 kept tokens of the test scenes lie on: {way: {object, stranger, background: share of the tokens}}."""
+    vlm, (scorer, settings), budget = load(TINY, args.device), load_pruner(SHIPPED), Budget(16)
+    pixels, _, labels = scenes_to_learn(SPLITS["test"], vlm.processor.image_processor, "test")
+    inputs = {"pixel_values": pixels.float().to(args.device)}
+    X, free = vlm.encode(inputs).float(), free_choices(vlm, budget, 1)
+    ways = {f"scorer, {choose}": chooser(vlm, scorer.to(args.device), settings, budget, choose=choose)[0]
+            for choose in ("cover", "top")}
+    ways |= {name: free[f"{name} 16"][0] for name in ("random", "uniform", "CLS", "norm", "diversity", "coverage")}
+    there = (labels[:, 0] > 0).int() + (labels[:, 2] > 0)  # (scenes, 144): 0 background, 1 a stranger, 2 an object
+    kept = {"all": there} | {name: there.gather(1, choose(X, inputs).cpu().expand(len(X), -1))
+                             for name, choose in ways.items()}
+    return {name: {kind: mean((on == i).flatten().tolist())
+                   for i, kind in ((2, "objects"), (1, "strangers"), (0, "background"))} for name, on in kept.items()}
 
 
 def loss_of(graph, inputs, K, tau, parts=Parts()):
@@ -322,7 +341,7 @@ def gpu(args):
 
 
 STUDIES = {"fidelity": fidelity, "ablations": ablations, "probes": probes, "ceiling": ceiling, "positions": positions,
-           "gpu": gpu}
+           "objects": objects, "gpu": gpu}
 
 
 def main():
@@ -346,7 +365,7 @@ def main():
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")
     args.seeds = args.seeds or (5 if args.study == "fidelity" else 3)
-    seeds = {} if args.study in ("ceiling", "positions", "gpu") else {"seeds": args.seeds}
+    seeds = {} if args.study in ("ceiling", "positions", "objects", "gpu") else {"seeds": args.seeds}
     save(args.json, "python -m results.study", {**seeds, args.study: STUDIES[args.study](args)})
     print(section(args.to, args.json.stem))
 

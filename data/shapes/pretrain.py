@@ -71,7 +71,7 @@ def build_model(tokenizer):
         image_seq_length=N, vision_feature_layer=-2, vision_feature_select_strategy="default"))
 
 
-def scenes_to_learn(n, image_processor):
+def scenes_to_learn(n, image_processor, split="pretrain"):
     """Draw n scenes: pictures (n, 3, 96, 96) as the processor gives them, the objects of each, and labels.
 
     (n, 4, 144) of each patch: shape and colour (a stranger's, too), object, 0 for none, quadrant (its object's or own).
@@ -80,11 +80,11 @@ def scenes_to_learn(n, image_processor):
     labels = torch.zeros(n, 4, N, dtype=torch.uint8)
     labels[:, 3] = (2 * half[:, None] + half).flatten()
     for i in tqdm(range(n), desc="drawing scenes", dynamic_ncols=True):
-        (image, objects), file = draw_scene(f"pretrain-{i}"), io.BytesIO()
+        (image, objects), file = draw_scene(f"{split}-{i}"), io.BytesIO()
         image.save(file, "JPEG", quality=92)  # as the files on disk
         pixels[i] = image_processor(Image.open(file), return_tensors="pt").pixel_values[0]
         scenes.append(objects)
-        for o in place_strangers(f"pretrain-{i}") + objects:  # as they lie on each other
+        for o in place_strangers(f"{split}-{i}") + objects:  # as they lie on each other
             mask = Image.new("L", (SIZE, SIZE))
             draw_shape(ImageDraw.Draw(mask), o, 255, 1)
             covered = torch.tensor(list(mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes())) > 64  # (144,)
