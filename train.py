@@ -13,6 +13,7 @@ table.
 Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint; --resume continues it bit for bit.
 """
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -129,10 +130,12 @@ def train(args, parts=Parts()):
 
     # the frozen VLM, and the two modules that learn
     vlm = load(args.model, "cpu" if args.shard else processes.device, DTYPES[args.dtype])
-    weights = fingerprint(vlm.model)
-    if run.state.setdefault("weights", weights) != weights:  # a resumed run brings those that it began with
-        raise InputError(f"--model {args.model}: its weights are not those that the run in {args.out} began with; "
-                         "--resume needs the same")
+    captions = repr([said for _, said in training + held_out]).encode()
+    begun = {"model": fingerprint(vlm.model), "data": hashlib.sha256(captions).hexdigest()}
+    for name, now in begun.items():  # a resumed run brings those that it began with
+        if run.state.setdefault(name, now) != now:
+            raise InputError(f"--{name} {settings[name]}: not the same content that the run in {args.out} began with; "
+                             "--resume needs that")
     if args.shard:
         processes.shard(vlm)
     check_texts(vlm, data, training + held_out, PROMPT, questions)

@@ -119,8 +119,8 @@ class Run:
                                      f"1 % ({', '.join(sorted(self.skipped)[:5])}); repair them, then --resume")
                 if stop:
                     self.bar.close()
-                    self.processes.say(f"stopped by a signal after step {step}; the same command with --resume "
-                                       "continues from there")
+                    self.processes.say(f"stopped by a signal after step {step}; the same command (train.py: with "
+                                       "--resume) continues from there")
                     sys.exit(128 + (signals or [signal.SIGTERM])[0])
         finally:
             for number, handler in old.items():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.budget import Budget
 from data.coco import read_coco
 from data.files import ROOT, InputError, cli, portable, read_image, write
-from data.pruner import chooser, load_pruner
+from data.pruner import chooser, fingerprint, load_pruner
 from data.questions import read_questions
 from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
 from data.shapes.pretrain import scenes_to_learn
@@ -73,12 +73,12 @@ VARIANTS = {  # the papers', and their ablations
 
 # --- studies that train -----------------------------------------------------------------------------------------------
 
-def trained(args):
+def trained(args, vlm):
     """Train the variants, seeds 0 … n-1: {(variant, seed): folder}. What was made the same way is kept."""
-    folders = {}
+    folders, weights = {}, fingerprint(vlm.model)
+    if unknown := set(args.variants or ()) - set(VARIANTS):
+        raise InputError(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
     for name in args.variants or VARIANTS:
-        if name not in VARIANTS:
-            raise InputError(f"--variants {name}: there are {', '.join(VARIANTS)}")
         for seed in range(args.seeds):
             folder = args.runs / args.choose / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
             made, fields = folder / "variant.json", ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
@@ -87,6 +87,7 @@ def trained(args):
             asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
             wanted = {field: str(getattr(asked, field)) for field in fields}
             wanted |= {field: value.__name__ for field, value in vars(VARIANTS[name]).items()}  # a function by its name
+            wanted["weights"] = weights
             if not made.exists() or json.loads(made.read_text()) != wanted:
                 print(f"training {name}, seed {seed}", file=sys.stderr)
                 made.unlink(missing_ok=True)
@@ -99,13 +100,14 @@ def trained(args):
 def ablations(args):
     """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
     ways, texts = ("top", "cover"), args.keep or ["48", "32", "16", "8", "~16"]
-    folders, vlm, path = trained(args), load(TINY, args.device), Path(args.questions or prepare() / "test.jsonl")
-    rows, asked = read_questions(path), dict(ALL)
+    vlm, path = load(TINY, args.device), Path(args.questions or prepare() / "test.jsonl")
+    rows, asked, levels = read_questions(path), dict(ALL), budgets(texts, vlm)
+    folders = trained(args, vlm)
     for run, folder in folders.items():
         scorer, settings = load_pruner(folder)
         scorer = scorer.to(args.device)
         for way in ways:
-            for budget in budgets(texts, vlm):
+            for budget in levels:
                 asked[*run, way, str(budget)] = [chooser(vlm, scorer, settings, budget, choose=way)[0]]
     right, kept = right_or_wrong(vlm, rows, asked)
     answered = accuracies(right, rows)
@@ -117,7 +119,7 @@ def ablations(args):
         result[name] = {key: mean(run[key] for run in ends) for key in LOGGED}
         for way in ways:
             result[name][way] = {}
-            for budget in map(str, budgets(texts, vlm)):
+            for budget in map(str, levels):
                 runs = [(name, seed, way, budget) for seed in range(args.seeds)]
                 counts = [(shapes[row["image"]], k) for run in runs for row, k in zip(rows, kept[run])]
                 result[name][way][budget] = {
@@ -360,7 +362,9 @@ def main():
     add("--to", type=Path, default=ROOT / "results", metavar="DIR", help="where it is written (default: results)")
     add_device_arguments(ap)
     args = ap.parse_args()
-    args.json = args.to / f"{args.study}{'_top' * (args.choose == 'top')}.json"
+    if not args.to.is_dir():
+        raise InputError(f"--to {args.to}: there is no such folder; make it first")
+    args.json = args.to / f"{args.study}{'_top' * (args.study == 'ablations' and args.choose == 'top')}.json"
     check(args, "seeds", "steps")
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")

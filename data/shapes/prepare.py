@@ -1,7 +1,7 @@
 """
 The embedded default's data: drawn scenes of one to four coloured shapes among clutter.
 
-    python -m data.shapes.prepare        # half a minute; draws only what is missing
+    python -m data.shapes.prepare        # half a minute; at once if this very code has drawn them before
 
 Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
 
@@ -11,6 +11,7 @@ Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
     examples/*.jpg                       6 scenes to try infer.py on; these are in git, the rest is not
 """
 import colorsys
+import hashlib
 import math
 import random
 from contextlib import suppress
@@ -151,16 +152,17 @@ def questions(objects, rng):
 
 
 def prepare(splits=SPLITS):
-    """Draw every missing scene, write the JSON files, and return the folder they are in."""
+    """Draw the scenes, unless this file as it is has drawn them; write the JSON files; return their folder."""
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     jobs = [(split, i, f"{split}/{i:05d}.jpg") for split, n in splits.items() for i in range(n)]
     files = ["train.json", "validation.jsonl", "test.jsonl", *(name for *_, name in jobs)]
-    if all((FOLDER / name).exists() for name in files):
+    if all((FOLDER / name).exists() for name in files) and code in (FOLDER / "train.json").read_text():
         return FOLDER
     images, annotations, rows = [], [], {"validation": [], "test": []}
     for split, i, name in tqdm(jobs, desc="drawing scenes", unit="scene", dynamic_ncols=True):
         image, objects = draw_scene(f"{split}-{i}")  # a seed of its own for each scene: the splits are disjoint
         rng = random.Random(f"text-{split}-{i}")
-        if not (FOLDER / name).exists():
+        if split != "examples" or not (FOLDER / name).exists():
             with suppress(OSError):  # where a folder cannot be made, write() says so
                 (FOLDER / split).mkdir(exist_ok=True)
             write(FOLDER / name, image)
@@ -168,12 +170,11 @@ def prepare(splits=SPLITS):
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))
             annotations += [dict(id=2 * i + j, image_id=i, caption=caption(objects, rng)) for j in range(2)]
         if split in rows:
-            for kind, text, label in questions(objects, rng):
-                row = dict(question_id=len(rows[split]), image=name, text=text, label=label, category=kind)
-                rows[split].append(row)
-    write(FOLDER / "train.json", dict(images=images, annotations=annotations))
+            for kind, text, said in questions(objects, rng):
+                rows[split].append(dict(question_id=len(rows[split]), image=name, text=text, label=said, category=kind))
     for split, lines in rows.items():
         write(FOLDER / f"{split}.jsonl", lines)
+    write(FOLDER / "train.json", dict(info={"code": code}, images=images, annotations=annotations))  # all is there
     return FOLDER
 
 

@@ -111,7 +111,7 @@ def content(objects):
 def descend(folder, learned, loss_at, steps, lr, weight_decay):
     """Minimise loss_at(step) by AdamW: linear warm-up, then a cosine to zero. A killed run resumes from its folder."""
     optimizer = torch.optim.AdamW(learned.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    run = Run(folder, {"batch": 1}, Processes("cpu"), resume=(folder / "checkpoint.safetensors").exists())
+    run = Run(folder, {"steps": steps, "batch": 1}, Processes("cpu"), (folder / "checkpoint.safetensors").exists())
     run.hold(learned, optimizer, {})
     for step in run.steps(steps, save_every=200):
         torch.manual_seed(step)
@@ -138,9 +138,8 @@ def train_vision(folder, tower, pixels, scenes, labels, steps, batch=48):
         weight = 1 + 5 * (y[:, 0] > 0).float()
         shown = pixels[ix].float()
         X = tower(shown, output_hidden_states=True).hidden_states[-2]  # (B, 145, 128), what LLaVA reads
-        dense = 0.0
-        for k, name in enumerate(sizes):
-            dense += (F.cross_entropy(heads[name](X[:, 1:]).mT, y[:, k], reduction="none") * weight).mean()
+        dense = sum((F.cross_entropy(heads[name](X[:, 1:]).mT, y[:, k], reduction="none") * weight).mean()
+                    for k, name in enumerate(sizes))
         own = F.mse_loss(heads["pixels"](X[:, 1:]), F.unfold(shown, PATCH, stride=PATCH).mT)
         return dense + 2 * own + 10 * F.binary_cross_entropy_with_logits(heads["content"](X[:, 0]), told[ix])
 
@@ -219,6 +218,7 @@ def main():
     torch.manual_seed(0)
 
     processor = build_processor()
+    processor.save_pretrained(args.out)  # a folder that cannot be written is found out now
     model = build_model(processor.tokenizer)
     tower = model.model.vision_tower
     pixels, scenes, labels = scenes_to_learn(args.scenes, processor.image_processor)
@@ -229,7 +229,6 @@ def main():
     for name, steps in zip(("language", "exists"), args.steps[1:]):
         train_language(args.work / name, model, processor.tokenizer, X, scenes, labels[:, 2], steps, name == "exists")
     model.half().save_pretrained(args.out)
-    processor.save_pretrained(args.out)
     weights = {name.replace("vision_tower.", "vision_tower.vision_model."): t  # as llava-hf's are named on the hub
                for name, t in load_file(args.out / "model.safetensors").items()}
     write(args.out / "model.safetensors", weights, {"format": "pt"})
