@@ -93,7 +93,7 @@ def probes(made):
     coherent, rough = (mean(values[name][0]) / mean(values[name][1]) for name in ("coherence midway", "roughness"))
     rows = [[f"{float(s):.0%}", f"{random[f'gated {s}']:.1f}", f"{random[f'kept {s}']:.1f}"] for s in shares]
     return [markdown(["", "noise gate", "Gumbel, straight-through"],
-                     [[name, *(spread(side, 4) for side in pair)] for name, pair in values.items()]),
+                     [[name, *(spread(side, 6) for side in pair)] for name, pair in values.items()]),
             f"Coherence midway is {coherent:.2f} times Gumbel's: {supports(coherent > 1)}. "
             f"Roughness is {rough:.2f} times Gumbel's: {supports(rough < 1)}.",
             markdown(["random scores", "gated, accuracy", "kept, accuracy"], rows),
