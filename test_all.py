@@ -831,7 +831,7 @@ def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
 def test_what_is_transparent_is_white(tmp_path):
     square = Image.new("L", (8, 8))  # black, on a transparent black ground
     square.paste(255, (2, 2, 6, 6))
-    image = Image.new("LA", (8, 8))
+    image = Image.new("RGBA", (8, 8))
     image.putalpha(square)
     image.save(tmp_path / "logo.png")
     assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]

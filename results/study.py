@@ -40,6 +40,7 @@ from throttler import Scorer, select, select_cover, soft_top_k, vp_gate, whiteni
 from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
+ASKED = ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
 LOGGED = ("hardness", "full_loss", "soft_loss", "hard_loss", "deployed_loss", "seconds")
 ALL = {"all": [lambda X, inputs: None]}
 
@@ -81,11 +82,11 @@ def trained(args, vlm):
     for name in args.variants or VARIANTS:
         for seed in range(args.seeds):
             folder = args.runs / args.choose / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
-            made, fields = folder / "variant.json", ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
+            made = folder / "variant.json"
             asked = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
                                      "--questions", "none", "--device", args.device, "--choose", args.choose])
             asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
-            wanted = {field: str(getattr(asked, field)) for field in fields}
+            wanted = {field: str(getattr(asked, field)) for field in ASKED}
             wanted |= {field: value.__name__ for field, value in vars(VARIANTS[name]).items()}  # a function by its name
             wanted["weights"] = weights
             if not made.exists() or json.loads(made.read_text()) != wanted:
@@ -115,7 +116,7 @@ def ablations(args):
     result = {}
     for name in dict.fromkeys(name for name, _ in folders):
         ends = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
-                          for seed in range(args.seeds)]
+                for seed in range(args.seeds)]
         result[name] = {key: mean(run[key] for run in ends) for key in LOGGED}
         for way in ways:
             result[name][way] = {}
@@ -177,7 +178,7 @@ def positions(args):
 
 @torch.no_grad()
 def objects(args):
-    """What 16 kept tokens of the test scenes lie on: {way: {object, stranger, background: share of the tokens}}."""
+    """What 16 kept tokens of the test scenes lie on: {way: {"objects", "strangers", "background": share}}."""
     vlm, (scorer, settings), budget = load(TINY, args.device), load_pruner(SHIPPED), Budget(16)
     pixels, _, labels = scenes_to_learn(SPLITS["test"], vlm.processor.image_processor, "test")
     inputs = {"pixel_values": pixels.float().to(args.device)}
@@ -354,8 +355,8 @@ def main():
     add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
     add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
     add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
-    add("--choose", choices=["cover", "top"], default="cover", help="of what is trained: the choice by which its best "
-        "scorer is told; with top the file is ablations_top.json (default: cover)")
+    add("--choose", choices=["cover", "top"], default="cover", help="of what is trained: train.py's, which decides "
+        "what scorer is kept; top writes ablations_top.json (default: cover)")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
         "it is not trained again (default: out/study)")
     add("--questions", metavar="JSONL", help="of fidelity, ablations (default: the embedded validation; test)")

@@ -3,7 +3,7 @@ Train a tiny LLaVA like the embedded default's from nothing, on two CPU cores. T
 
     python -m data.shapes.pretrain         # writes out/llava/, in the llava-hf format; resumes if killed
 
-Two stages, because end to end from scratch stalls. The one in git was made in pieces by them (results/RESULTS.md):
+Two stages, since end to end it stalls. The model in git was made by them, too, but in pieces (results/RESULTS.md):
 
   1. The vision tower alone (CLIP, with a class token). Every patch tells its shape, colour, quadrant and own pixels;
      the class token tells what is in the picture, so that its attention means something.
