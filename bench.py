@@ -21,15 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
-from data.arguments import number_type
-from data.files import InputError, cli
-from data.pruner import choose_by, default_pruner, load_pruner
-from eval.criteria import average_pooling, cls_attention, criteria, pooled_grid
-from eval.report import PUBLISHED, STAGES
+from common.files import InputError, cli
+from common.pruner import choose_by, default_pruner, load_pruner
+from common.criteria import average_pooling, cls_attention, criteria, pooled_grid
 from eval.tables import budgets, check, percentile, save, show
 from infer import CACHE
-from model import DTYPES, add_device_arguments, load
+from model import DTYPES, add_device_arguments, load, number_type
 from throttler import Scorer, select, select_cover
+
+STAGES = ["encode", "select", "project", "prefill", "decode"]
+# DiffPrune's figures (arXiv 2605.28051), LLaVA-1.5-7B on one A6000, batch 1, fp16, in ms
+PUBLISHED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill=118.66, first=149.51),
+             "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
 
 
 class Clock:

@@ -16,6 +16,7 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -25,12 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaModel
 
-from data.arguments import check_inference, number_type
-from data.files import InputError, cli, portable, read_image, write
-from data.pictures import seen_by_model, sheet
-from data.pruner import chooser, default_pruner, fingerprint, load_pruner
+from common.budget import Budget
+from common.files import InputError, cli, portable, write
+from data.pictures import read_image, seen_by_model, sheet
+from common.pruner import chooser, default_pruner, fingerprint, load_pruner
 from data.questions import answer_file, read_questions, score
-from model import DTYPES, add_device_arguments, load
+from model import DTYPES, add_device_arguments, load, number_type
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
 
@@ -174,6 +175,31 @@ def parse_arguments():
     add("--json", action="store_true", help="print the results as JSON on the last line")
     add_question_arguments(parser)
     return parser.parse_args()
+
+
+def check_inference(args):
+    """The Budget of --keep, or None. InputError for arguments that are wrong or do not go together."""
+    if (args.image is None) == (args.questions is None) or (args.questions is None) != (args.answers is None):
+        raise InputError("give a picture, or --questions together with --answers")
+    if args.threshold is not None and (args.keep or not math.isfinite(args.threshold)):
+        raise InputError(f"--threshold {args.threshold}: must be a finite number; give it without --keep")
+    if min(args.batch, args.max_new_tokens) < 1:
+        raise InputError("--batch and --max-new-tokens must be 1 or more")
+    if args.image == "-" and not (args.question and sys.stdin):
+        raise InputError("-: a picture from standard input needs its question on the command line")
+    if args.question is not None and not args.question.strip():
+        raise InputError("the question is empty; leave it out to be asked for questions")
+    if args.show and not args.question:
+        raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
+    if args.questions and args.answers.resolve() == args.questions.resolve():
+        raise InputError(f"--answers {args.answers}: is the question file; give another name")
+    for flag, path, endings in (("--show", args.show, (".png", ".jpg")), ("--answers", args.answers, (".jsonl",))):
+        if path and (path.suffix not in endings or not path.parent.is_dir()):
+            raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a folder there is")
+    try:
+        return Budget.parse(args.keep) if args.keep else None
+    except ValueError as e:
+        raise InputError(f"--keep {e}") from None
 
 
 def answer_questions(args, vlm, rows, choose, goes_by, scorer):

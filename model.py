@@ -22,8 +22,8 @@ from transformers import BatchFeature, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from data.files import InputError, read_image, short  # noqa: F401 (read_image: others import it from here)
-from data.weights import PROCESSORS, complete, find, one_line, read_model, supported
+from common.files import InputError, short
+from common.weights import PROCESSORS, complete, find, one_line, read_model, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,11 +35,17 @@ def add_device_arguments(parser):
                         "float32 elsewhere)")
 
 
+def number_type(args):
+    """The name of --dtype. Where it was left out it becomes bfloat16 on a GPU, and float32 elsewhere."""
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args.dtype
+
+
 def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
     """A frozen VLM from a folder (also relative to this repository) or a hub name, in transformers' own format.
 
     `model` may also be a transformers model that is loaded already: it is frozen in place. processor: else its own.
-    'random:NAME' (see data/weights.py): the true architecture, random weights and no processor, for timing; on device
+    'random:NAME' (see common/weights.py): the true architecture, random weights and no processor, for timing; on device
     "meta" without weights, for counting. attention and device_map are those of from_pretrained().
     InputError for whatever is wrong with the model: before anything else, it must answer a trial question.
     """

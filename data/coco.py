@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.files import InputError, read_image, short
+from common.files import InputError, short
+from data.pictures import read_image
 
 
 def picture_path(folders, name, where):

@@ -1,22 +1,45 @@
 """
 Pictures: bring any of them into one form, and draw what a pruner keeps.
 
-    image = upright(Image.open("img.jpg"))                          # RGB, as a person sees it
+    image = read_image("img.jpg")                                   # upright RGB, as a person sees it
     frame(image, vlm.boxes(inputs), alpha)                          # each patch as bright as its alpha
     sheet(image, boxes, scores, keep, X, question, answers)         # what infer.py --show writes
-    loss_chart([json.loads(line) for line in open("out/log.jsonl")])
 """
+import io
 import math
 import textwrap
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common.files import InputError, short
+
+RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]  # an EPS would start Ghostscript
 TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> pillow's Transpose
 RED, BLUE = (220, 30, 30), (40, 70, 220)
 HEAT = [(20, 10, 60), (210, 60, 80), (250, 240, 160)]  # cosine similarity 0, ½, 1
-LOSSES = {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green", "deployed_loss": "red"}
+
+
+def read_image(source, processor=None):
+    """A picture from a path, bytes or a stream, as upright RGB on white. InputError if it cannot be read, if it is too
+    large or too thin, or if a VLM's image processor, where given, refuses it."""
+    name = source if isinstance(source, (str, Path)) else "the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=RASTER) as image:
+                if max(image.size) > 200 * min(image.size):  # a processor that scales its short side fills the memory
+                    raise ValueError(f"{image.width} x {image.height} pixels, thinner than 1:200")
+                image = upright(image)
+            if processor:
+                processor(images=image)
+        return image
+    except Exception as e:  # a decoder may fail in any way
+        raise InputError(f"{name}: cannot be read as an image ({short(e)}); give another, as JPEG or PNG") from None
 
 
 def upright(image):
@@ -109,22 +132,3 @@ def sheet(image, boxes, scores, keep, X, question, answers, side=400):
             pen.text((x, top + side + 10), words, fill="black", font=font)
             x += 15 + pen.textlength(words, font=font)
     return paper
-
-
-def loss_chart(curve, width=640, height=360):
-    """The held-out losses of a log.jsonl over the steps, from all tokens to what is deployed."""
-    image = Image.new("RGB", (width, height), "white")
-    pen, font, last = ImageDraw.Draw(image), ImageFont.load_default(12), max(1, curve[-1]["step"])
-    highest = max(entry[name] for entry in curve for name in LOSSES)
-
-    def at(step, loss):
-        return 50 + (width - 70) * step / last, height - 30 - (height - 60) * loss / highest
-
-    pen.rectangle((*at(0, highest), *at(last, 0)), outline="grey")
-    pen.text((width - 90, height - 22), f"step {last}", fill="black", font=font)
-    for loss in (0, highest / 2, highest):
-        pen.text((8, at(0, loss)[1] - 6), f"{loss:.2f}", fill="black", font=font)
-    for i, (name, color) in enumerate(LOSSES.items()):
-        pen.line([at(entry["step"], entry[name]) for entry in curve], fill=color, width=2)
-        pen.text((55 + 145 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color, font=font)
-    return image

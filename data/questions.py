@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from data.coco import picture_path
-from data.files import InputError, short, write
+from common.files import InputError, short, write
 
 
 def read_questions(path, images=None, need=("image", "text", "label")):

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.budget import real_tokens
-from data.files import cli, read_image
-from data.pruner import chooser
+from common.budget import real_tokens
+from common.files import cli
+from data.pictures import read_image
+from common.pruner import chooser
 from data.questions import is_right, read_questions, yes_no
 from data.shapes.prepare import prepare
-from eval.criteria import criteria, each_image, pooled_grid, random_tokens
+from common.criteria import criteria, each_image, pooled_grid, random_tokens
 from eval.tables import budgets, check, mean, save, show
 from infer import add_pruner_arguments, load_pruned
 

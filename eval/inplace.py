@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import ROOT, cli, short, write
+from common.files import ROOT, cli, short, write
 from eval.tables import check, save
 
 try:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.files import InputError, cli, short
+from common.files import InputError, cli, short
 from data.pictures import upright
-from data.pruner import chooser
+from common.pruner import chooser
 from eval.tables import budgets, check, save
 from infer import add_pruner_arguments, load_pruned
 

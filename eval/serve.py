@@ -12,12 +12,12 @@ import time
 
 import torch
 
-from data.arguments import check_inference
-from data.files import InputError, cli, short
-from data.pruner import chooser
+from common.files import InputError, cli, short
+from common.pruner import chooser
 from data.questions import read_questions
-from data.weights import Encoder, find, read_model
-from infer import add_choice_arguments, add_pruner_arguments, add_question_arguments, answer_questions, load_pruned
+from common.weights import Encoder, find, read_model
+from infer import (add_choice_arguments, add_pruner_arguments, add_question_arguments, answer_questions, check_inference,
+                   load_pruned)
 from model import Llava
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from data.budget import Budget
-from data.files import InputError, rounded, write
+from common.budget import Budget
+from common.files import InputError, rounded, write
 
 
 def mean(values):

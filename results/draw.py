@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from data.budget import hardness_of
-from data.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart
-from data.files import ROOT, InputError, cli, read_image, write
-from data.pictures import frame, loss_chart, seen_by_model
-from data.pruner import chooser, load_pruner
+from common.budget import hardness_of
+from results.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart, loss_chart
+from common.files import ROOT, InputError, cli, write
+from data.pictures import frame, read_image, seen_by_model
+from common.pruner import chooser, load_pruner
 from data.shapes.prepare import draw_scene, questions
 from denoiser import Denoiser
 from eval.accuracy import retention

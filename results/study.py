@@ -24,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.budget import Budget
+from common.budget import Budget
 from data.coco import read_coco
-from data.files import ROOT, InputError, cli, portable, read_image, write
-from data.pruner import chooser, fingerprint, load_pruner
+from common.files import ROOT, InputError, cli, portable, write
+from data.pictures import read_image
+from common.pruner import chooser, fingerprint, load_pruner
 from data.questions import read_questions
 from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
 from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
 from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
-from eval.report import report, section
+from results.report import report, section
 from eval.tables import budgets, check, mean, save
 from model import add_device_arguments, load
 from throttler import Scorer, select, select_cover, soft_top_k, vp_gate, whitening

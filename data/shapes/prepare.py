@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from data.files import cli, write
+from common.files import cli, write
 
 FOLDER = Path(__file__).resolve().parent
 SIZE = 96  # pixels a side: 12 x 12 = 144 patches of 8

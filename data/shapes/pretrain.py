@@ -29,9 +29,9 @@ from tqdm import tqdm
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
-from data.files import cli, write
-from data.processes import Processes
-from data.run import Run
+from common.files import cli, write
+from common.processes import Processes
+from common.run import Run
 from data.shapes.prepare import (COLORS, FOLDER, PLACES, SHAPES, SIZE, STRANGE, caption, draw_scene, draw_shape,
                                   place_objects, place_strangers, questions)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.files import InputError, rounded, short, write
+from common.files import InputError, rounded, short, write
 
 
 class Run:

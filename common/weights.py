@@ -17,7 +17,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from data.files import ROOT, InputError, short
+from common.files import ROOT, InputError, short
 
 UNUSED = ("inv_freq", "position_ids", "vision_model.head.")  # names in some weight files that no model has a need of
 VICUNA = dict(model_type="llama", vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)

@@ -5,16 +5,13 @@ RESULTS.md: template.md, and in it the tables and verdicts that are made here fr
 """
 import json
 
+from bench import PUBLISHED, STAGES
 from eval.accuracy import retention
 from eval.tables import made_by, markdown, mean, percentile, spread
 
-STAGES = ["encode", "select", "project", "prefill", "decode"]
 # DiffPrune's figures, arXiv 2605.28051, to stand beside ours. Retention of LLaVA-1.5-7B at 33, 22 and 11 %:
 PAPERS = {"papers": (98.3, 97.3, 95.5), "papers, Gumbel": (94.0, 91.3, 87.4),
           "papers, scale gate": (96.5, 94.8, 93.2), "papers, global denoiser": (95.9, 95.0, 92.7)}
-# … and its speed on one A6000, batch 1, fp16, in ms:
-PUBLISHED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill=118.66, first=149.51),
-             "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
 
 
 def supports(claim):

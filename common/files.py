@@ -1,27 +1,23 @@
 """
-Files: pictures in; tensors, JSON and pictures out, never a pickle; errors that a person can act on.
+What every script leans on: files are written whole, and errors are one line that a person can act on.
 
-    image = read_image("img.jpg")                                                # upright RGB
+This folder holds no lesson. Who reads the code to learn the method may skip it: the lesson is in throttler.py,
+denoiser.py, train.py, model.py and infer.py.
+
     write(Path("out/log.jsonl"), rounded([{"step": 0, "loss": 2.34567891}]))     # {"step": 0, "loss": 2.3457}
 """
-import io
 import json
 import os
 import sys
 import uuid
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.pictures import upright
-
 ROOT = Path(__file__).resolve().parent.parent  # this repository
-RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]  # an EPS would start Ghostscript
 
 
 class InputError(Exception):
@@ -50,25 +46,6 @@ def short(reason, length=160):
     """What a library or a file says, on one line of bounded length."""
     text = " ".join(str(reason).split())
     return text if len(text) <= length else text[:length] + " …"
-
-
-def read_image(source, processor=None):
-    """A picture from a path, bytes or a stream, as upright RGB on white. InputError if it cannot be read, if it is too
-    large or too thin, or if a VLM's image processor, where given, refuses it."""
-    name = source if isinstance(source, (str, Path)) else "the picture"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=RASTER) as image:
-                if max(image.size) > 200 * min(image.size):  # a processor that scales its short side fills the memory
-                    raise ValueError(f"{image.width} x {image.height} pixels, thinner than 1:200")
-                image = upright(image)
-            if processor:
-                processor(images=image)
-        return image
-    except Exception as e:  # a decoder may fail in any way
-        raise InputError(f"{name}: cannot be read as an image ({short(e)}); give another, as JPEG or PNG") from None
 
 
 def write(path, content, note=None):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLORS = [(200, 60, 50), (31, 90, 160), (60, 140, 80), (150, 100, 180), (220, 140, 40), (110, 110, 110), (20, 150, 160),
           (120, 80, 50), (230, 110, 170), (150, 160, 30)]
+LOSSES = {"full_loss": "grey", "soft_loss": "blue", "hard_loss": "green", "deployed_loss": "red"}
 INK, PALE = (40, 40, 40), (215, 215, 215)
 
 
@@ -64,4 +65,23 @@ def line_chart(series, xlabel, ylabel, x_ticks, y_ticks, colors=COLORS, warp_x=f
         draw.line([at(*point) for point in points], color, thickness, joint="curve")
         draw.line([(left + width + 40, y), (left + width + 100, y)], color, thickness)
         draw.text((left + width + 120, y), label, INK, font(), anchor="lm")
+    return image
+
+
+def loss_chart(curve, width=640, height=360):
+    """The held-out losses of a log.jsonl over the steps, from all tokens to what is deployed."""
+    image = Image.new("RGB", (width, height), "white")
+    pen, font, last = ImageDraw.Draw(image), ImageFont.load_default(12), max(1, curve[-1]["step"])
+    highest = max(entry[name] for entry in curve for name in LOSSES)
+
+    def at(step, loss):
+        return 50 + (width - 70) * step / last, height - 30 - (height - 60) * loss / highest
+
+    pen.rectangle((*at(0, highest), *at(last, 0)), outline="grey")
+    pen.text((width - 90, height - 22), f"step {last}", fill="black", font=font)
+    for loss in (0, highest / 2, highest):
+        pen.text((8, at(0, loss)[1] - 6), f"{loss:.2f}", fill="black", font=font)
+    for i, (name, color) in enumerate(LOSSES.items()):
+        pen.line([at(entry["step"], entry[name]) for entry in curve], fill=color, width=2)
+        pen.text((55 + 145 * i, 8), f"{name} {curve[-1][name]:.3f}", fill=color, font=font)
     return image

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.budget import Budget, count_above, quantiles, real_tokens
-from data.files import ROOT, InputError, short
+from common.budget import Budget, count_above, quantiles, real_tokens
+from common.files import ROOT, InputError, short
 from throttler import Scorer, select, select_cover, standardised
 
 
