@@ -22,12 +22,12 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from common.files import InputError, cli
-from common.pruner import choose_by, default_pruner, load_pruner
+from common.pruner import RANKINGS, default_pruner, load_pruner
 from common.criteria import average_pooling, cls_attention, criteria, pooled_grid
 from eval.tables import budgets, check, percentile, save, show
 from infer import CACHE
 from model import DTYPES, add_device_arguments, load, number_type
-from throttler import Scorer, select, select_cover
+from throttler import Scorer, distinct, select
 
 STAGES = ["encode", "select", "project", "prefill", "decode"]
 # DiffPrune's figures (arXiv 2605.28051), LLaVA-1.5-7B on one A6000, batch 1, fp16, in ms
@@ -63,7 +63,7 @@ def answer_once(vlm, scorer, inputs, K, how, prefill, words):
     clock = Clock(vlm.model.device)
     X = vlm.encode(inputs)  # (B, N, d)
     clock.mark()
-    keep = choose_by(how, scorer(X), X, K) if K else None  # (B, K)
+    keep = select(RANKINGS[how](scorer(X), X), K) if K else None  # (B, K)
     clock.mark()
     sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
     clock.mark()
@@ -101,7 +101,7 @@ def prefill_flops(vlm, lengths):
 @torch.no_grad()
 def ways_to_choose(vlm, scorer, inputs, X, K):
     """{name: a function without arguments} that chooses K tokens: the scorer, and every criterion of other papers."""
-    ways = {"scorer, top": lambda: select(scorer(X), K), "scorer, cover": lambda: select_cover(scorer(X), X, K)}
+    ways = {"scorer, top": lambda: select(scorer(X), K), "scorer, distinct": lambda: select(distinct(scorer(X), X), K)}
     for name, choose in criteria(vlm).items():
         if name == "CLS":  # the encoder has this at hand; it is not to run twice
             tower = vlm.model.model.vision_tower
@@ -209,7 +209,7 @@ def main():
                     "(default: the model of your pruner, or of the one that ships)")
     ap.add_argument("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
                     help="tokens to keep (default: the papers' budgets, 33.3%% 22.2%% 11.1%%)")
-    ap.add_argument("--choose", choices=("cover", "top"), default="cover", help="how the scorer's tokens are chosen "
+    ap.add_argument("--choose", choices=RANKINGS, default="distinct", help="how the scorer's tokens are chosen "
                     "(default: %(default)s)")
     ap.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once, one or more sizes (default: 1)")
     ap.add_argument("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")

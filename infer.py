@@ -7,8 +7,8 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
-The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps K tokens that together
-cover what scores high, or with --choose top the K highest. --keep ~K keeps as many as score above the threshold by
+The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps the K
+tokens that score high and say what no better one says, or with --choose top the K highest. --keep ~K keeps as many as score above the threshold by
 which the held-out images of the training keep K on average.
 The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run resumes.
 """
@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaModel
 from common.budget import Budget
 from common.files import InputError, cli, portable, write
 from data.pictures import read_image, seen_by_model, sheet
-from common.pruner import chooser, default_pruner, fingerprint, load_pruner
+from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
 from data.questions import answer_file, read_questions, score
 from model import DTYPES, add_device_arguments, load, number_type
 
@@ -51,7 +51,7 @@ def add_choice_arguments(parser):
         "that many on average (default: as the pruner was trained)")
     add("--threshold", type=float, metavar="T", help="keep as many tokens as score more than T standard "
         "deviations above the image's mean, at least one (a negative T as --threshold=-1)")
-    add("--choose", choices=("top", "cover"), help="the highest scores, or tokens that cover what scores high "
+    add("--choose", choices=RANKINGS, help="by score less likeness to better tokens, or by score alone "
         "(default: as the pruner was trained)")
 
 

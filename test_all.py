@@ -53,7 +53,7 @@ from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy
 from model import Llava, load
 from results import study
-from throttler import Attention, Scorer, select, select_cover, soft_top_k, standardised, vp_gate, whitening
+from throttler import Attention, Scorer, distinct, select, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from data.pictures import read_image
 from data.coco import Captions, generator, load_batches, read_coco, split
 from common.files import ROOT, InputError, cli, portable, rounded
 from common.processes import Processes
-from common.pruner import choose_by, fingerprint, thresholds
+from common.pruner import RANKINGS, fingerprint, thresholds
 from data.questions import read_questions
 from common.run import Run
 from data.shapes.prepare import FOLDER, prepare
@@ -39,7 +39,7 @@ from denoiser import Denoiser
 from eval.accuracy import accuracy_table, retention
 from eval.tables import budgets
 from model import DTYPES, add_device_arguments, load, number_type
-from throttler import Scorer, soft_top_k, vp_gate, whitening
+from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
 
@@ -57,7 +57,8 @@ def temperature(t):
 @dataclass(frozen=True)
 class Parts:
     """The parts of the method that an ablation replaces."""
-    top_k: Callable = soft_top_k  # scores, K, tau -> alpha
+    rank: Callable = distinct  # scores, X -> what each token is worth
+    top_k: Callable = soft_top_k  # ranking, K, tau -> alpha
     gate: Callable = vp_gate  # X, alpha, mean, L, noise -> X̃
     denoiser: Callable = Denoiser  # d_v -> module
 
@@ -100,24 +101,26 @@ def forward(vlm, scorer, denoiser, statistics, inputs, noise, budget, tau, parts
     """
     X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d)   frozen encoder
     s = scorer(X, valid)                                        # (B, N)      one score for each token
-    alpha = parts.top_k(s, budget.of(real_tokens(X, valid)), tau)  # (B, N)   in [0, 1], each row sums to K
+    d = parts.rank(s, X)                                        # (B, N)      less what a better one says
+    alpha = parts.top_k(d, budget.of(real_tokens(X, valid)), tau)  # (B, N)   in [0, 1], each row sums to K
     X_tilde = parts.gate(X, alpha, *statistics, noise)          # (B, N, d)   μ + √α·(X-μ) + √(1-α)·L·ε
     X_bar = denoiser(X_tilde)                                   # (B, N, d)   in training only
     return vlm.loss(inputs, X_bar), alpha                       # next token, through the frozen LLM
 
 
 @torch.no_grad()
-def held_out_losses(graph, batches, budget, tau, choose, processes, parts=Parts()):
+def held_out_losses(graph, batches, budget, tau, processes, parts=Parts()):
     """Caption losses on held-out images, in nats per token, from all tokens to what is deployed.
 
     full: nothing is pruned. soft: as in training. hard: tau -> 0, so alpha is 1 for the K highest scores, else 0, but a
-    dropped token is still there, as repaired noise. deployed: what `choose` keeps, without noise or denoiser.
+    dropped token is still there, as repaired noise. deployed: what is kept, without noise or denoiser.
     """
     vlm, scorer, *_ = graph
     sums = torch.zeros(5, device=vlm.model.device)
     for inputs, noise in batches:
         X, valid = vlm.encode(inputs).float(), inputs.get("valid")
-        keep = choose_by(choose, scorer(X, valid), X, budget.of(real_tokens(X, valid)))  # (B, K)
+        ranking = parts.rank(scorer(X, valid), X)  # (B, N)
+        keep = select(ranking, budget.of(real_tokens(X, valid)))  # (B, K)
         full, deployed = vlm.loss(inputs, X), vlm.loss(inputs, X, keep)
         soft, hard = (forward(*graph, inputs, noise, budget, t, parts)[0] for t in (tau, 1e-9))
         sums += torch.stack([full, soft, hard, deployed, torch.ones_like(full)]) * words_in(inputs)
@@ -128,6 +131,8 @@ def held_out_losses(graph, batches, budget, tau, choose, processes, parts=Parts(
 def train(args, parts=Parts()):
     """Train as the arguments say; returns what pruner.json holds. An ablation gives parts of its own."""
     processes = Processes(args.device)
+    if args.choose == "top":  # the papers' ranking: the scores as they are
+        parts = replace(parts, rank=lambda scores, X: scores)
 
     # data: pictures with captions; some are held out, to see the deployed loss on
     if not args.data:
@@ -213,7 +218,7 @@ def train(args, parts=Parts()):
         # now and then: evaluate on the deployed path, log, keep the best
         if step % args.eval_every == 0 or step == args.steps - 1:
             some = batches(Captions(held_out), processes.share(range(len(held_out)), even=args.shard))
-            losses = held_out_losses(graph, some, budget, tau, args.choose, processes, parts)
+            losses = held_out_losses(graph, some, budget, tau, processes, parts)
             run.check_finite(step, sum(losses.values()))
             run.log({"step": step, "tau": tau, "lr": lr, "loss": loss, **losses, "hardness": hardness})
             if run.best(temperature(1)) is run.curve[-1]:
@@ -227,7 +232,7 @@ def train(args, parts=Parts()):
             "finished": processes.first}
     if processes.first:
         scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
-        made["thresholds"] = thresholds(vlm, scorer, batches(Captions(held_out), range(len(held_out))))
+        made["thresholds"] = thresholds(vlm, scorer, args.choose, (b[0] for b in batches(Captions(held_out), range(len(held_out)))))
         run.write("pruner.json", rounded(made))
         if questions and not args.shard:
             table = accuracy_table(vlm, scorer, made, questions, [budget])
@@ -249,8 +254,8 @@ def add_training_arguments(ap):
     add = ap.add_argument_group("method").add_argument
     add("--keep", default="11.1%", metavar="K", help="tokens to keep: a number, or a share (default: 11.1%%, which is "
         "64 of LLaVA-1.5's 576)")
-    add("--choose", choices=("cover", "top"), default="cover", help="how the deployed model chooses: tokens that cover "
-        "what scores high, or as in the papers the highest scores (default: %(default)s)")
+    add("--choose", choices=RANKINGS, default="distinct", help="what is kept: tokens that score high and "
+        "say what no better one says, or as in the papers the highest scores (default: %(default)s)")
     add("--steps", type=int, help="training steps (default: 4000; without --data 200)")
     add("--batch", type=int, default=32, help="images a step, over all processes (default: %(default)s)")
     add("--lr", type=float, help="AdamW's learning rate at the start (default: the papers' 2e-4 for a scorer 1024 "

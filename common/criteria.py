@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from throttler import select, select_cover
+from throttler import select
 
 
 def random_tokens(X, K, generator=None):
@@ -60,6 +60,29 @@ def max_min_diversity(X, K):
         nearest[rows, keep[-1]] = -1  # never again
         keep.append(nearest.argmax(-1))
     return torch.stack(keep, 1).sort(-1).values  # (B, K)
+
+
+def coverage(X, K):
+    """MMTok's idea (arXiv 2508.18264) without the question: greedily the token that raises most
+
+        Σ_i max over kept j of cos⁺(x_i - x̄, x_j - x̄)
+
+    x̄ is the mean over the image, cos⁺ = max(0, cos): each token shall have one like it that stays.
+    """
+    B, N, _ = X.shape  # images, visual tokens
+    x = X.float()
+    x = F.normalize(x - x.mean(1, keepdim=True), dim=-1)
+    alike = (x @ x.mT).clamp_min(0)  # (B, N, N), cos⁺
+    covered = alike.new_zeros(B, N)  # the maximum above, so far
+    chosen = alike.new_zeros(B, N)  # 1 for a kept token; no gain, a mean, is above 1
+    keep = []
+    for _ in range(K):
+        gain = (alike - covered[:, :, None]).clamp_min(0).mean(1)  # (B, N), by how much j would raise it
+        j = (gain - 2 * chosen).argmax(-1, keepdim=True)  # (B, 1)
+        covered = covered.maximum(alike.gather(1, j[..., None].expand(B, 1, N))[:, 0])
+        chosen = chosen.scatter(1, j, 1)
+        keep.append(j)
+    return torch.cat(keep, 1).sort(-1).values  # (B, K)
 
 
 def dpp(X, K):
@@ -131,7 +154,7 @@ def each_image(choose, X, inputs, K):
 def criteria(vlm):
     """{name: choose(X, inputs, K)} of those that fit this model; choose as above."""
     ways = {"random": random_tokens, "norm": feature_norm, "diversity": max_min_diversity, "DPP": dpp,
-            "coverage": lambda X, K: select_cover(X.new_zeros(X.shape[:2]), X, K)}  # MMTok's (arXiv 2508.18264)
+            "coverage": coverage}
     if vlm.tokens and grid_of(vlm.tokens)[1] < 2:
         ways |= {"uniform": uniform_grid, "pooling": average_pooling}
     ways = {name: partial(each_image, choose) for name, choose in ways.items()}

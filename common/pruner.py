@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from common.budget import Budget, count_above, quantiles, real_tokens
 from common.files import ROOT, InputError, short
-from throttler import Scorer, select, select_cover, standardised
+from throttler import Scorer, distinct, select, standardised
+
+# what the choice goes by, (scores (B, N), X (B, N, d)) -> (B, N), comparable from picture to picture
+RANKINGS = {
+    "distinct": distinct,
+    "top": lambda scores, X: standardised(scores),  # the papers': the highest scores
+}
 
 
 def default_pruner():
@@ -37,13 +43,13 @@ def load_pruner(folder):
     if (folder / "checkpoint.safetensors").exists() and not (folder / "pruner.json").exists():
         raise InputError(f"{folder}: its training is not finished; run train.py again with --resume")
     try:
-        settings = {"choose": "top", **json.loads((folder / "pruner.json").read_text(encoding="utf-8"))}
+        settings = {"choose": "distinct", **json.loads((folder / "pruner.json").read_text(encoding="utf-8"))}
         for name in ("model", "width", "tokens", "keep"):
             if name not in settings:
                 raise ValueError(f"pruner.json has no {name}")
         Budget.parse(settings["keep"])
-        if settings["choose"] not in ("top", "cover"):
-            raise ValueError("choose must be top or cover; earlier versions had others: train again")
+        if settings["choose"] not in RANKINGS:
+            raise ValueError(f"choose must be one of {', '.join(RANKINGS)}")
         table = settings.get("thresholds") or {}
         for value in table.get("shares", []) + table.get("values", []):
             if not math.isfinite(value):
@@ -51,8 +57,6 @@ def load_pruner(folder):
         with torch.device("meta"):  # takes no memory, whatever width is named
             scorer = Scorer(settings["width"])
         with safe_open(folder / "scorer.safetensors", "pt") as file:
-            if "map" in file.keys():
-                raise ValueError("an earlier version made them; train again")
             for name, t in scorer.state_dict().items():
                 if file.get_slice(name).get_shape() != list(t.shape):
                     raise ValueError(f"{name} has another shape than by width {settings['width']}")
@@ -67,10 +71,14 @@ def load_pruner(folder):
 
 
 @torch.no_grad()
-def thresholds(vlm, scorer, batches):
-    """The table that says above which T a budget ~K holds on average, from the scores of these batches' images."""
-    z = [standardised(scorer(vlm.encode(inputs).float(), inputs.get("valid"))) for inputs, _ in batches]
-    return {"images": sum(map(len, z)), **quantiles(torch.cat([scores.flatten() for scores in z]))}
+def thresholds(vlm, scorer, choose, batches):
+    """The table that says above which T a budget ~K holds on average, by these batches' images."""
+    rankings = []
+    for inputs in batches:
+        X = vlm.encode(inputs).float()
+        ranking = RANKINGS[choose](scorer(X, inputs.get("valid")), X)  # (B, N)
+        rankings += ranking
+    return {"images": len(rankings), **quantiles(torch.cat(rankings))}
 
 
 def threshold_of(budget, settings, N):
@@ -93,18 +101,13 @@ def threshold_of(budget, settings, N):
     return values[i - 1] + (values[i] - values[i - 1]) * (share - shares[i - 1]) / (shares[i] - shares[i - 1])
 
 
-def choose_by(how, scores, X, K):
-    """keep (B, K): the K highest of the scores (B, N), or, if `how` is "cover", tokens that cover what scores high."""
-    return select_cover(scores, X, K) if how == "cover" else select(scores, K)
-
-
 def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens.
 
-    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: "top" or "cover" (None: what
+    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: one of RANKINGS (None: what
     the pruner says). InputError for a budget that cannot be, or that the pruner has no threshold for.
     """
-    how = choose or settings.get("choose", "top")
+    how = choose or settings["choose"]
     goes_by = {"threshold": T, "choose": how}
     if T is None:
         budget = budget or Budget.parse(settings["keep"])
@@ -114,6 +117,9 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
             raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
         goes_by = {"keep": str(budget), "choose": how}
         if budget.average:
+            if how != settings["choose"]:
+                raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose {settings['choose']}; "
+                                 "give a number without ~")
             T = threshold_of(budget, settings, vlm.tokens)
 
     def chosen(X, inputs):
@@ -121,8 +127,9 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
         scores = scorer(X, valid)  # (B, N)
         if not (scores < math.inf).all():
             raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try --dtype float32")
-        K = budget.of(real_tokens(X, valid)) if T is None else count_above(standardised(scores), T)
-        return choose_by(how, scores, X, K)  # (B, K)
+        ranking = RANKINGS[how](scores, X)  # (B, N)
+        K = budget.of(real_tokens(X, valid)) if T is None else count_above(ranking, T)
+        return select(ranking, K)  # (B, K)
     return chosen, goes_by
 
 

@@ -114,8 +114,8 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False):
     ways = {whole: [lambda X, inputs: None]}
     for budget in budgets:
         ways[f"scorer {budget}"] = [chooser(vlm, scorer, settings, budget)[0]]
-        if others:
-            other = "cover" if settings.get("choose", "top") == "top" else "top"
+        if others and not budget.average:
+            other = "distinct" if settings["choose"] == "top" else "top"
             ways[f"scorer, {other} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=other)[0]]
         ways |= free_choices(vlm, budget.exact, seeds, others)
     ways["blind"] = [lambda X, inputs: torch.full((len(X), 1), -1, device=X.device)]

@@ -57,7 +57,7 @@ def variants(made):
         losses = " / ".join(f"{row[key]:.2f}" for key in ("soft_loss", "hard_loss", "deployed_loss"))
         papers = " / ".join(map(str, PAPERS.get(name, ())))
         first = made["rows"].get(name.partition(",")[0], row)
-        for way in [way for way in ("top", "cover") if way in row]:
+        for way in [way for way in ("top", "distinct") if way in row]:
             kept = [spread(at["retention"]) for at in row[way].values()]
             rows.append([f"{name}, {way}", f"{row['hardness']:.2f}", losses, f"{row['seconds']:.0f}", *kept, papers])
             if first is not row and "16" in row[way]:
@@ -73,7 +73,7 @@ def variants(made):
 
 
 def ablations(made):
-    at = made["rows"].get("papers", {}).get("cover", {})
+    at = made["rows"].get("papers", {}).get("distinct", {})
     if not {"16", "~16"} <= set(at):
         return variants(made)
     counts = ", ".join(f"{kept:.1f} ({number})" for number, kept in at["~16"]["by_shapes"].items())

@@ -37,7 +37,7 @@ from eval.accuracy import accuracies, by_budget, free_choices, retention, right_
 from results.report import report, section
 from eval.tables import budgets, check, mean, save
 from model import add_device_arguments, load
-from throttler import Scorer, select, select_cover, soft_top_k, vp_gate, whitening
+from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
@@ -101,7 +101,7 @@ def trained(args, vlm):
 
 def ablations(args):
     """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
-    ways, texts = ("top", "cover"), args.keep or ["48", "32", "16", "8", "~16"]
+    ways, texts = ("top", "distinct"), args.keep or ["48", "32", "16", "8", "~16"]
     vlm, path = load(TINY, args.device), Path(args.questions or prepare() / "test.jsonl")
     rows, asked, levels = read_questions(path), dict(ALL), budgets(texts, vlm)
     folders = trained(args, vlm)
@@ -185,7 +185,7 @@ def objects(args):
     inputs = {"pixel_values": pixels.float().to(args.device)}
     X, free = vlm.encode(inputs).float(), free_choices(vlm, budget, 1)
     ways = {f"scorer, {choose}": chooser(vlm, scorer.to(args.device), settings, budget, choose=choose)[0]
-            for choose in ("cover", "top")}
+            for choose in ("distinct", "top")}
     ways |= {name: free[f"{name} 16"][0] for name in ("random", "uniform", "CLS", "norm", "diversity", "coverage")}
     there = (labels[:, 0] > 0).int() + (labels[:, 2] > 0)  # (scenes, 144): 0 background, 1 a stranger, 2 an object
     kept = {"all": there} | {name: there.gather(1, choose(X, inputs).cpu().expand(len(X), -1))
@@ -300,7 +300,7 @@ def ceiling(args):
             learned = [*alone.parameters(), *repairs.parameters()]
             descend((vlm, alone, repairs, statistics), batches, 16, learned, 1e-3, 5 * steps)
     scorer, settings = load_pruner(SHIPPED)
-    ways |= {"these 50": [lambda X, inputs: select_cover(alone(X), X, 16)],
+    ways |= {"these 50": [lambda X, inputs: select(distinct(alone(X), X), 16)],
              "scorer": [chooser(vlm, scorer.to(args.device), settings, Budget(16))[0]]}
     return accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
 
@@ -356,8 +356,8 @@ def main():
     add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
     add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
     add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
-    add("--choose", choices=["cover", "top"], default="cover", help="of what is trained: train.py's, which decides "
-        "what scorer is kept; top writes ablations_top.json (default: cover)")
+    add("--choose", choices=["distinct", "top"], default="distinct", help="of what is trained: train.py's, which decides "
+        "what scorer is kept; top writes ablations_top.json (default: distinct)")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
         "it is not trained again (default: out/study)")
     add("--questions", metavar="JSONL", help="of fidelity, ablations (default: the embedded validation; test)")
