@@ -111,7 +111,7 @@ def standardised(scores):
     return z.masked_fill(padding, -torch.inf)
 
 
-def distinct(scores, X):
+def distinct(scores, X, c=C):
     """d (B, N): a token is worth its score, less what a better token already says.
 
         d_i = z_i - c · max over tokens j with z_j > z_i of cos⁺(x_i - x̄, x_j - x̄)
@@ -129,7 +129,7 @@ def distinct(scores, X):
         alike = x @ x.mT  # (B, N, N), cos(x_i - x̄, x_j - x̄)
         better = z[:, None, :] > z[:, :, None]  # (B, N, N), z_j > z_i
         said = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); not below the 0 of i itself: cos⁺
-    return z - C * said
+    return z - c * said
 
 
 def check_count(scores, K, least):

@@ -41,7 +41,7 @@ from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
-ASKED = ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
+RECIPE = ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
 LOGGED = ("hardness", "full_loss", "soft_loss", "hard_loss", "deployed_loss", "seconds")
 ALL = {"all": [lambda X, inputs: None]}
 
@@ -65,36 +65,49 @@ def global_denoiser(d_v):
     return Denoiser(d_v, diagonal=False)
 
 
-VARIANTS = {  # the papers', and their ablations
-    "papers": Parts(),
-    "papers, Gumbel": Parts(top_k=gumbel_top_k, gate=scale_gate),
-    "papers, scale gate": Parts(gate=scale_gate),
-    "papers, global denoiser": Parts(denoiser=global_denoiser),
+def distinct_by(c):
+    """throttler.distinct with another factor c."""
+    def rank(scores, X):
+        return distinct(scores, X, c)
+    rank.__name__ = f"distinct, c = {c}"
+    return rank
+
+
+VARIANTS = {  # (--choose, what replaces the parts of the method)
+    "ours": ("distinct", Parts()),
+    "papers": ("top", Parts()),
+    "Gumbel": ("distinct", Parts(top_k=gumbel_top_k, gate=scale_gate)),
+    "scale gate": ("distinct", Parts(gate=scale_gate)),
+    "global denoiser": ("distinct", Parts(denoiser=global_denoiser)),
 }
 
 
-# --- studies that train -----------------------------------------------------------------------------------------------
+# --- studies that train ---------------------------------------------------------------------------
 
-def trained(args, vlm):
-    """Train the variants, seeds 0 … n-1: {(variant, seed): folder}. What was made the same way is kept."""
+def trained(args, vlm, variants):
+    """Train these variants, seeds 0 … n-1: {(variant, seed): folder}.
+
+    What lies in the folder and was made the same way is not trained again.
+    """
     folders, weights = {}, fingerprint(vlm.model)
-    if unknown := set(args.variants or ()) - set(VARIANTS):
-        raise InputError(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
-    for name in args.variants or VARIANTS:
+    for name, (choose, parts) in variants.items():
         for seed in range(args.seeds):
-            folder = args.runs / args.choose / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
-            made = folder / "variant.json"
-            asked = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder), "--overwrite",
-                                     "--questions", "none", "--device", args.device, "--choose", args.choose])
-            asked.steps, asked.dtype = args.steps or asked.steps, args.dtype or asked.dtype
-            wanted = {field: str(getattr(asked, field)) for field in ASKED}
-            wanted |= {field: value.__name__ for field, value in vars(VARIANTS[name]).items()}  # a function by its name
-            wanted["weights"] = weights
-            if not made.exists() or json.loads(made.read_text()) != wanted:
+            folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
+            options = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder),
+                                       "--overwrite", "--questions", "none", "--choose", choose,
+                                       "--device", args.device])
+            options.steps = args.steps or options.steps
+            options.eval_every = max(1, options.steps // 20)
+            options.dtype = args.dtype or options.dtype
+            recipe = {field: str(getattr(options, field)) for field in RECIPE}
+            recipe |= {field: part.__name__ for field, part in vars(parts).items()}
+            recipe["weights"] = weights
+            note = folder / "variant.json"
+            if not note.exists() or json.loads(note.read_text()) != recipe:
                 print(f"training {name}, seed {seed}", file=sys.stderr)
-                made.unlink(missing_ok=True)
-                train(asked, VARIANTS[name])
-                write(made, wanted)
+                note.unlink(missing_ok=True)
+                train(options, parts)
+                write(note, recipe)
             folders[name, seed] = folder
     return folders
 
