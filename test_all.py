@@ -33,11 +33,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
                           LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor, Qwen2VLImageProcessorPil)
 
 import bench
 import infer
+import throttler
 import train
 from data import coco as coco_files
 from common import criteria, files, pruner
@@ -92,6 +94,15 @@ SCENES = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerat
 PICTURE = EXAMPLES[0]
 SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--keep", 16, "--device", "cpu")
 close = functools.partial(torch.testing.assert_close, rtol=0)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the torch operations inside a with block."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -311,26 +322,82 @@ def test_budgets_are_parsed_once_and_count():
 
 
 def test_greedy_choices_are_their_definitions_written_out():
-    scores, X = 3 * torch.randn(10, 20), torch.randn(10, 20, 40) + 2 * torch.randn(40)
-    K, padded = torch.arange(1, 11), (F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0))
-    ways = select_cover(*padded, K), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7)
-    for s, x, *chosen in zip(scores, X.double(), *ways):
-        z, cosine = (s - s.mean()) / s.std(correction=0), F.cosine_similarity(x[:, None], x, dim=-1)
+    X = torch.randn(10, 20, 40) + 2 * torch.randn(40)
+    ways = criteria.coverage(X, 7), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7)
+    for x, *chosen in zip(X.double(), *ways):
+        cosine = F.cosine_similarity(x[:, None], x, dim=-1)
         centred = F.cosine_similarity((x - x.mean(0))[:, None], x - x.mean(0), dim=-1)
-        values = (lambda i, kept: sum(math.exp(z[n]) * max(0, *(centred[n, j].item() for j in [*kept, i]))
-                                      for n in range(20)),
+        values = (lambda i, kept: sum(max(0, *(centred[n, j].item() for j in [*kept, i])) for n in range(20)),
                   lambda i, kept: min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i}),
                   lambda i, kept: round(torch.logdet(cosine[[*kept, i]][:, [*kept, i]]).item(), 9))  # the first: 0
         for keep, value in zip(chosen, values):
             kept = []
             while len(kept) < (keep >= 0).sum():
                 kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
-            assert keep.tolist() == (len(keep) - len(kept)) * [-1] + sorted(kept)
-    assert [(row >= 0).sum() for row in ways[0]] == K.tolist()
-    assert select_cover(*padded, 22).tolist() == 10 * [[-1, -1, *range(20)]], "all that is real, and never padding"
-    twins, scores = torch.ones(2, 30, 3), torch.randn(2, 30)
-    assert select_cover(scores, twins, 20).equal(select(scores, 20)), "where all are alike, the scores decide"
-    assert (criteria.dpp(twins, 20).diff(dim=1) > 0).all(), "no token twice, even if all are alike"
+            if value is values[0]:  # two tokens may cover equally much
+                a, b = keep.tolist(), kept
+                assert len(set(a)) == 7 and value(a[0], a[1:]) == pytest.approx(value(b[0], b[1:]), rel=1e-5)
+            else:
+                assert keep.tolist() == sorted(kept)
+    twins = torch.ones(2, 30, 3)
+    for choose in (criteria.coverage, criteria.max_min_diversity, criteria.dpp):
+        assert (choose(twins, 20).diff(dim=1) > 0).all(), "no token twice, even if all are alike"
+
+
+def distinct_in_a_loop(s, x, c):
+    """The ranking of one image, token by token: its score, less what the better ones say."""
+    z = (s - s.mean()) / s.std(correction=0)
+    x = x - x.mean(0)
+    d = z.clone()
+    for i in range(len(z)):
+        likeness = 0.0
+        for j in range(len(z)):
+            if z[j] > z[i]:
+                likeness = max(likeness, (x[i] @ x[j] / (x[i].norm() * x[j].norm())).item())
+        d[i] = z[i] - c * likeness
+    return d
+
+
+def test_distinct_is_the_double_loop_also_in_a_padded_batch_and_budgets_are_nested():
+    scores = 3 * torch.randn(6, 20)
+    X = torch.randn(6, 20, 12) + 2 * torch.randn(12)
+    padded = F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0)
+    ranking = distinct(*padded)
+    assert (ranking[:, 20:] == -torch.inf).all()
+    for s, x, d in zip(scores.double(), X.double(), ranking):
+        close(d[:20].double(), distinct_in_a_loop(s, x, throttler.C), atol=1e-3)
+    alone = [distinct(scores[i:i + 1], X[i:i + 1])[0] for i in range(6)]
+    for K in (1, 5, 20):
+        keep = select(ranking, K)
+        assert keep.equal(select(torch.stack(alone), K)), "alone and in a padded batch"
+        assert keep.max() < 20
+    kept = [set(select(ranking, K)[0].tolist()) for K in range(1, 21)]
+    assert all(few < more for few, more in zip(kept, kept[1:])), "the few are among the more"
+
+
+def test_distinct_keeps_exactly_k_of_a_grey_picture_and_of_ties_and_its_gradient_is_that_of_z():
+    scores = torch.randn(2, 30)
+    grey = torch.ones(2, 30, 3)
+    close(distinct(scores, grey), standardised(scores), atol=0)
+    ties = torch.zeros(2, 30)
+    for K in (1, 7, 30):
+        assert select(distinct(ties, torch.randn(2, 30, 8)), K).shape == (2, K)
+        assert (select(distinct(ties, grey), K).diff(dim=1) > 0).all()
+    scores.requires_grad_()
+    X, weights = torch.randn(2, 30, 8), torch.randn(2, 30)
+    through_d, = torch.autograd.grad((distinct(scores, X) * weights).sum(), scores)
+    through_z, = torch.autograd.grad((standardised(scores) * weights).sum(), scores)
+    close(through_d, through_z, atol=0)
+
+
+def test_the_ranking_takes_as_many_torch_calls_for_any_k():
+    counts = set()
+    for N, K in ((144, 4), (144, 72), (576, 64)):
+        scores, X = torch.randn(1, N), torch.randn(1, N, 16)
+        with Calls() as calls:
+            select(distinct(scores, X), K)
+        counts.add(calls.count)
+    assert len(counts) == 1 and counts.pop() < 60
 
 
 def test_hardness_is_the_mean_of_the_largest_weights_and_coherence_the_mean_cosine_between_gradients():
@@ -358,26 +425,29 @@ def test_scorer_gradient_is_finite_differences_through_everything(backbone, monk
     assert not any(p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
 
 
-@pytest.mark.parametrize("choose", ["cover", "top"])
-def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, choose):
-    """Full and deployed by the stock model, whose mask hides what is dropped; soft and hard by the gate written out."""
+@pytest.mark.parametrize("rank", [distinct, train.the_scores])
+def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, rank):
+    """Full and deployed by the stock model, whose mask hides what is dropped; soft by the gate written out."""
     vlm, inputs, X = backbone
     scores = 0.1 * torch.randn(X.shape[:2]).masked_fill(~real(inputs, X), -torch.inf)
     statistics, noise = whitening(X.float()), torch.randn(X.shape)
     graph = vlm, lambda X, valid: scores, torch.nn.Identity(), statistics
-    losses = train.held_out_losses(graph, [(inputs, noise)], Budget(5), 0.7, choose, Processes("cpu"))
-    assert train.feature_statistics(vlm, [(inputs, noise)], 0)[-1] == real(inputs, X).sum(1).max()
-    kept = scores >= scores.topk(5).values[:, -1:]  # (B, N)
-    chosen = torch.zeros_like(kept).scatter(1, select_cover(scores, X, 5), True) if choose == "cover" else kept
-    full, deployed = (vlm.model(**masked(vlm, inputs, X, shown)).loss for shown in (real(inputs, X), chosen))
-    alphas = soft_top_k(scores, 5, 0.7), kept.float()
-    soft, hard = (vlm.loss(inputs, vp_gate(X.float(), alpha, *statistics, noise)) for alpha in alphas)
-    assert list(losses.values()) == pytest.approx([loss.item() for loss in (full, soft, hard, deployed)], abs=1e-4)
-    assert len({round(loss, 3) for loss in losses.values()}) == 4
+    batches, parts = [(inputs, noise)], train.Parts(rank=rank)
+    losses = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts)
+    assert train.feature_statistics(vlm, [([0], inputs)], 0)[-1] == real(inputs, X).sum(1).max()
+    ranking = rank(scores, X)
+    kept = ranking >= ranking.topk(5).values[:, -1:]  # (B, N)
+    full, deployed = (vlm.model(**masked(vlm, inputs, X, shown)).loss for shown in (real(inputs, X), kept))
+    soft = vlm.loss(inputs, vp_gate(X.float(), soft_top_k(ranking, 5, 0.7), *statistics, noise))
+    assert list(losses.values()) == pytest.approx([loss.item() for loss in (full, soft, deployed)], abs=1e-4)
+    assert len({round(loss, 3) for loss in losses.values()}) == 3
+    known = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts, full=1.5)
+    assert known == losses | {"full_loss": 1.5}
 
 
-def test_the_training_is_the_papers_to_the_letter():
+def test_the_training_is_the_papers_but_for_the_ranking():
     parts = train.Parts()
+    assert parts.rank is distinct, "ours; the papers' is --choose top"
     assert parts.top_k is soft_top_k and parts.gate is vp_gate and parts.denoiser is Denoiser
     falling = [0.1 + 1.9 * (1 + math.cos(math.pi * 2 * t)) / 2 for t in (0, 0.125, 0.25, 0.375)]
     assert [train.temperature(t) for t in (0, 0.125, 0.25, 0.375, 0.5, 1)] == pytest.approx([*falling, 0.1, 0.1])
@@ -582,7 +652,7 @@ def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
     losses, at = iter([0.1, 5.0, 4.0, 3.0, 2.0, 3.5]), []
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
-                        {"deployed_loss": next(losses)})
+                        {"full_loss": 1.0, "deployed_loss": next(losses)})
     monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
     tiny("--steps", 10)
     log = log_of(tmp_path / "out")
@@ -612,11 +682,11 @@ def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, t
     complaint(f"2 of 5 images could not be read.*{min(first, second)}.*{max(first, second)}", tiny, *argv)
 
 
-@pytest.mark.parametrize("dtype, choose", [("bfloat16", "cover"), ("float16", "top")])
+@pytest.mark.parametrize("dtype, choose", [("bfloat16", "distinct"), ("float16", "top")])
 def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path, tiny, monkeypatch, dtype, choose):
     out, half, argv, loaded = tmp_path / "out", tmp_path / "half", ("--steps", 2, "--choose", choose), []
-    asked, by = set(), pruner.choose_by
-    monkeypatch.setattr(train, "choose_by", lambda how, *rest: asked.add(how) or by(how, *rest))
+    ranks, forward = set(), train.forward
+    monkeypatch.setattr(train, "forward", lambda *graph: ranks.add(graph[-1].rank) or forward(*graph))
     monkeypatch.setattr(train, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
     tiny(*argv)
     tiny(*argv, "--out", half, "--dtype", dtype, "--checkpointing", "--at-once", 2)
@@ -624,7 +694,8 @@ def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path,
     for a, b in zip(log_of(half), log_of(out)):
         assert a["deployed_loss"] == pytest.approx(b["deployed_loss"], rel=0.1)
     frozen, stock = loaded[0].model, load(TINY).model
-    assert pruner.load_pruner(out)[1]["choose"] == choose and asked == {choose}
+    assert pruner.load_pruner(out)[1]["choose"] == choose
+    assert ranks == {distinct if choose == "distinct" else train.the_scores}
     assert all(a.equal(b) for a, b in zip(frozen.state_dict().values(), stock.state_dict().values()))
 
 
@@ -1016,7 +1087,6 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
 
 @pytest.mark.parametrize("words, tensors, changes", [
     ("head.weight", {"head.weight": None}, {}), ("more", {"more": torch.ones(1)}, {}),
-    ("an earlier version", {"map": torch.ones(1)}, {}),
     ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
     ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
     ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
@@ -1058,7 +1128,7 @@ def test_the_chooser_keeps_what_it_says(vlm, features):
     for options, keep, goes_by in (
             ({}, above, {"keep": "~16"}), ({"T": T}, above, {"threshold": T}),
             ({"budget": Budget(9)}, select(scores, 9), {"keep": "9"}),
-            ({"budget": Budget(9), "choose": "cover"}, select_cover(scores, X, 9), {"keep": "9"})):
+            ({"budget": Budget(9), "choose": "distinct"}, select(distinct(scores, X), 9), {"keep": "9"})):
         choose, told = pruner.chooser(vlm, scorer, settings, **options)
         assert choose(X, {}).equal(keep) and told == {**goes_by, "choose": options.get("choose", "top")}
     assert pruner.chooser(vlm, scorer, settings, Budget(144))[0](X, {}) is None
@@ -1154,7 +1224,6 @@ def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
         keep = choose(X, inputs, K)
         assert ((keep >= 0).sum(1) == K).all() and (keep < N[:, None]).all() and (keep[1, :2] == -1).all()
         assert name == "random" or keep[1, 2:].equal(choose(X[1:, :20], {}, 4)[0]), name
-    assert ways["coverage"](X, inputs, K)[0].equal(select_cover(torch.zeros(1, 30), X[:1], 6)[0])
 
 
 def drawn(folder):
@@ -1200,19 +1269,17 @@ def test_retention_leaves_out_what_the_full_model_never_gets_and_its_interval_is
 
 
 def test_bench_times_every_stage_row_and_choice(tmp_path, capsys, monkeypatch):
-    asked, by = set(), bench.choose_by
-    monkeypatch.setattr(bench, "choose_by", lambda how, *rest: asked.add(how) or by(how, *rest))
     run(bench.main, "speed", "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2,
         "--words", 3, "--choose", "top", "--json", tmp_path / "speed.json")
     made = json.loads((tmp_path / "speed.json").read_text())["speed"]
     rows = [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
-    assert asked == {"top"} and list(made["rows"]) == rows
+    assert list(made["rows"]) == rows
     for row in made["rows"].values():
         assert all(row[stage]["median"] > 0 for stage in ("encode", "project", "prefill", "first", "decode", "answer"))
     one, few, two, _ = made["rows"].values()
     assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
     assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
-    named = {*"random norm diversity DPP coverage uniform pooling CLS".split(), "scorer, top", "scorer, cover"}
+    named = {*"random norm diversity DPP coverage uniform pooling CLS".split(), "scorer, top", "scorer, distinct"}
     assert [set(ways) for ways in made["choosing"].values()] == [named, named]
 
 

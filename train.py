@@ -187,9 +187,11 @@ def check_contents(run, args, vlm, pairs, questions):
                              "began with; --resume needs that")
 
 
-def frozen_vlm(args, processes):
+def frozen_vlm(args, processes, run, pairs, questions):
+    """The frozen VLM, checked against the run and its data, where its weights belong."""
     device = "cpu" if args.shard else processes.device
     vlm = load(args.model, device, DTYPES[args.dtype])
+    check_contents(run, args, vlm, pairs, questions)
     if args.shard:
         processes.shard(vlm)
     if args.checkpointing:
@@ -252,8 +254,7 @@ def train(args, parts=Parts()):
     run = Run(args.out, settings_of(args), processes, args.resume, args.overwrite)
 
     # model: the frozen VLM, and two modules that learn
-    vlm = frozen_vlm(args, processes)
-    check_contents(run, args, vlm, training + held_out, questions)
+    vlm = frozen_vlm(args, processes, run, training + held_out, questions)
     budget, = budgets([str(args.keep)], vlm)
     modules, optimizer, base_lr = what_learns(vlm, args, parts, processes.device)
     learned = list(modules.parameters())
@@ -265,10 +266,11 @@ def train(args, parts=Parts()):
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, *modules.values(), (mean, L))
 
-    # this process's part of every step that is left
-    mine = [processes.share(range(step * args.batch, (step + 1) * args.batch))
-            for step in range(run.step, args.steps)]
-    stream = batches.with_noise(Captions(training, args.seed), *mine, unreadable=run.skipped)
+    # this process's part of every step that is left, and of every evaluation
+    steps = [range(step * args.batch, (step + 1) * args.batch) for step in range(args.steps)]
+    samples = [processes.share(step) for step in steps[run.step:]]
+    stream = batches.with_noise(Captions(training, args.seed), *samples, unreadable=run.skipped)
+    unseen_samples = processes.share(range(len(held_out)), even=args.shard)
     watched = watched_batches(args, batches)
 
     for step in run.steps(args.steps, args.save_every):
@@ -301,8 +303,7 @@ def train(args, parts=Parts()):
 
         # now and then: evaluate on the deployed path, log, keep the best scorer
         if step % args.eval_every == 0 or step == args.steps - 1:
-            mine = processes.share(range(len(held_out)), even=args.shard)
-            unseen = batches.with_noise(Captions(held_out), mine)
+            unseen = batches.with_noise(Captions(held_out), unseen_samples)
             full = run.curve[0]["full_loss"] if run.curve else None
             losses = held_out_losses(graph, unseen, budget, tau, processes, parts, full)
             run.log({"step": step, "tau": tau, "lr": lr, "loss": loss, **losses,
