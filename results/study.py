@@ -1,14 +1,18 @@
 """
 Studies on the embedded default. Each writes results/NAME.json and prints what it says.
 
-    python -m results.study fidelity     # does the tiny VLM lose what real ones lose when tokens are missing? (minutes)
+    python -m results.study fidelity     # does the tiny VLM lose what real ones lose? (minutes)
+    python -m results.study ranking      # the factor c of throttler.distinct, on validation (an hour)
     python -m results.study ablations    # the method, and the papers' ablations of it (hours)
-    python -m results.study probes       # the papers' claims about gradients and noise (minutes)
-    python -m results.study ceiling      # how far choosing goes, and where the scorer falls short (half an hour)
-    python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
     python -m results.study objects      # what the kept tokens lie on (a minute)
+    python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
+    python -m results.study ceiling      # how far choosing goes, and where it falls short (half an hour)
+    python -m results.study probes       # the papers' claims about gradients and noise (minutes)
     python -m results.study gpu          # all that needs a GPU
     python -m results.study report       # RESULTS.md, from all JSON files that are there
+
+A study returns tables {title: {row: {column: cell}}} and sentences, "notes". A cell is text, a
+number, or a list with one number for each seed.
 """
 import argparse
 import copy
@@ -25,39 +29,65 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.budget import Budget
-from data.coco import read_coco
 from common.files import ROOT, InputError, cli, portable, write
-from data.pictures import read_image
 from common.pruner import chooser, fingerprint, load_pruner
+from data.coco import read_coco
+from data.pictures import read_image
 from data.questions import read_questions
 from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
 from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
 from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
-from results.report import report, section
 from eval.tables import budgets, check, mean, save
 from model import add_device_arguments, load
+from results.report import report, section
 from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
-RECIPE = ("keep", "choose", "steps", "batch", "lr", "seed", "dtype")
-LOGGED = ("hardness", "full_loss", "soft_loss", "hard_loss", "deployed_loss", "seconds")
-ALL = {"all": [lambda X, inputs: None]}
+RECIPE = ("keep", "choose", "steps", "batch", "lr", "seed", "eval_every", "dtype")
+WHOLE = {"all": [lambda X, inputs: None]}  # all tokens, as right_or_wrong takes a choice
 
 
-# --- what the papers compare with -------------------------------------------------------------------------------------
+def embedded(split):
+    """The questions of the embedded test or validation scenes."""
+    return read_questions(prepare() / f"{split}.jsonl")
+
+
+def retained(vlm, rows, ways):
+    """({way: retention in per cent}, {way: tokens kept for each question}) of ways {way: choose}."""
+    choices = WHOLE | {way: [choose] for way, choose in ways.items()}
+    right, kept = right_or_wrong(vlm, rows, choices)
+    table = accuracies(right, rows)
+    return {way: retention(table[way], table["all"]) for way in ways}, kept
+
+
+def by_kind(table, full):
+    """Rows of per cent by kind of question from {way: {kind: accuracy}}, and the retention."""
+    rows = {}
+    for way, by_category in table.items():
+        rows[way] = {category: 100 * share for category, share in by_category.items()}
+        rows[way]["retention"] = retention(by_category, full)
+    return rows
+
+
+def supports(claim):
+    return "this supports them" if claim else "this does **not** support them"
+
+
+# --- what the papers compare with -----------------------------------------------------------------
 
 def scale_gate(X, alpha, mean, L, noise=None):
-    """alpha·X in place of the noise gate. A small alpha loses nothing that a denoiser cannot scale back."""
+    """alpha·X in place of the noise gate: a denoiser can scale it back, so nothing is lost."""
     return alpha.unsqueeze(-1).to(X.dtype) * X
 
 
 def gumbel_top_k(scores, K, tau=1.0):
-    """A sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through), for scale_gate."""
-    noisy = scores - (-torch.rand_like(scores).clamp_min(1e-20).log()).log()  # s + Gumbel noise
+    """A sampled hard top-K of 0 and 1 with the soft one's gradient (straight-through)."""
+    uniform = torch.rand_like(scores).clamp_min(1e-20)
+    noisy = scores - (-uniform.log()).log()  # s + Gumbel noise
     alpha = soft_top_k(noisy, K, tau)
-    hard = F.pad(torch.zeros_like(alpha), (1, 0)).scatter(-1, select(noisy, K) + 1, 1.0)[..., 1:]
+    hard = torch.zeros_like(alpha).scatter(-1, select(noisy, K), 1.0)
     return hard + alpha - alpha.detach()
 
 
@@ -80,6 +110,8 @@ VARIANTS = {  # (--choose, what replaces the parts of the method)
     "scale gate": ("distinct", Parts(gate=scale_gate)),
     "global denoiser": ("distinct", Parts(denoiser=global_denoiser)),
 }
+# DiffPrune's figures (arXiv 2605.28051): retention of LLaVA-1.5-7B at 11 %, less that of the method
+PAPERS = {"Gumbel": 87.4 - 95.5, "scale gate": 93.2 - 95.5, "global denoiser": 92.7 - 95.5}
 
 
 # --- studies that train ---------------------------------------------------------------------------
@@ -112,113 +144,207 @@ def trained(args, vlm, variants):
     return folders
 
 
+def ranking(args):
+    """Which factor c: trained through the ranking and as the papers do, deployed by several c.
+
+    On validation questions, since it decides.
+    """
+    vlm, rows = load(TINY, args.device), embedded("validation")
+    variants = {name: VARIANTS[name] for name in ("ours", "papers")}
+    variants["c = 3"] = ("distinct", Parts(rank=distinct_by(3.0)))
+    folders = trained(args, vlm, variants)
+    factors, counts = (0, 2, 3, 4, 5), (32, 16, 8, 4)
+    X, lies_on = scenes_and_labels(vlm, "validation")
+    ways, on_objects = {}, {}
+    for (name, seed), folder in folders.items():
+        scorer = load_pruner(folder)[0].to(args.device)
+        for c in factors:
+            for K in counts:
+                ways[name, seed, c, K] = (
+                    lambda X, inputs, scorer=scorer, c=c, K=K: select(distinct(scorer(X), X, c), K))
+            keep = ways[name, seed, c, 16](X, None)
+            on_objects[name, seed, c] = 100 * (lies_on.gather(1, keep.cpu()) == 2).float().mean().item()
+    kept, _ = retained(vlm, rows, ways)
+    table = {}
+    for name in variants:
+        for c in factors:
+            row = {str(K): [kept[name, seed, c, K] for seed in range(args.seeds)] for K in counts}
+            row["on objects at 16"] = [on_objects[name, seed, c] for seed in range(args.seeds)]
+            trained_by = {"ours": "trained through d, c = 4", "papers": "trained as the papers do",
+                          "c = 3": "trained through d, c = 3"}[name]
+            deployed_by = f"deployed with c = {c}" if c else "deployed by the scores alone"
+            table[f"{trained_by}; {deployed_by}"] = row
+    return {"tables": {"retention, %, validation questions": table}}
+
+
 def ablations(args):
-    """Train the variants and ask the questions: what each seed keeps, by variant, choice and budget."""
-    ways, texts = ("top", "distinct"), args.keep or ["48", "32", "16", "8", "~16"]
-    vlm, path = load(TINY, args.device), Path(args.questions or prepare() / "test.jsonl")
-    rows, asked, levels = read_questions(path), dict(ALL), budgets(texts, vlm)
-    folders = trained(args, vlm)
-    for run, folder in folders.items():
+    """The method, the papers' training and the papers' ablations: what each keeps, by budget."""
+    vlm, rows = load(TINY, args.device), embedded("test")
+    folders = trained(args, vlm, VARIANTS)
+    levels = budgets(args.keep or ["48", "32", "16", "8", "4", "~16", "~8"], vlm)
+    ways = {}
+    for (name, seed), folder in folders.items():
         scorer, settings = load_pruner(folder)
         scorer = scorer.to(args.device)
-        for way in ways:
+        for choose in ("distinct", "top"):
             for budget in levels:
-                asked[*run, way, str(budget)] = [chooser(vlm, scorer, settings, budget, choose=way)[0]]
-    right, kept = right_or_wrong(vlm, rows, asked)
-    answered = accuracies(right, rows)
+                if choose == settings["choose"] or not budget.average:
+                    choice, _ = chooser(vlm, scorer, settings, budget, choose=choose)
+                    ways[name, seed, choose, str(budget)] = choice
+    kept, counts = retained(vlm, rows, ways)
+    seeds, table, ends, notes = range(args.seeds), {}, {}, []
+    for name, (trained_for, _) in VARIANTS.items():
+        for choose in ("distinct", "top"):
+            table[f"{name}, by {choose}"] = {
+                str(budget): [kept[name, seed, choose, str(budget)] for seed in seeds]
+                if (name, 0, choose, str(budget)) in kept else "–" for budget in levels}
+        last = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
+                for seed in seeds]
+        gaps = [run["soft_loss"] - run["deployed_loss"] for run in last]
+        ends[name] = {"hardness": [run["hardness"] for run in last],
+                      "soft loss": [run["soft_loss"] for run in last],
+                      "deployed loss": [run["deployed_loss"] for run in last],
+                      "soft - deployed": gaps}
+        if name in PAPERS:
+            notes.append(against_papers(name, table, PAPERS[name]))
     shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
-    result = {}
-    for name in dict.fromkeys(name for name, _ in folders):
-        ends = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
-                for seed in range(args.seeds)]
-        result[name] = {key: mean(run[key] for run in ends) for key in LOGGED}
-        for way in ways:
-            result[name][way] = {}
-            for budget in map(str, levels):
-                runs = [(name, seed, way, budget) for seed in range(args.seeds)]
-                counts = [(shapes[row["image"]], k) for run in runs for row, k in zip(rows, kept[run])]
-                result[name][way][budget] = {
-                    "retention": [retention(answered[run], answered["all"]) for run in runs],
-                    "by_category": {c: mean(answered[run][c] for run in runs) for c in answered["all"]},
-                    "kept": mean(k for _, k in counts),
-                    "by_shapes": {n: mean(k for m, k in counts if m == n) for n in dict.fromkeys(shapes.values())}}
-    return {"questions": path.stem, "steps": ends[-1]["step"] + 1, "rows": result}
+    way = ("ours", 0, "distinct", "~16")
+    if way in counts:
+        by_shapes = {}
+        for row, K in zip(rows, counts[way]):
+            by_shapes.setdefault(shapes[row["image"]], []).append(K)
+        listed = ", ".join(f"{mean(by_shapes[n]):.1f} ({n})" for n in sorted(by_shapes))
+        notes.append(f"By the number of shapes, the threshold ~16 keeps {listed} tokens (seed 0).")
+    return {"tables": {"retention, %, test questions": table, "at the last step": ends},
+            "digits": {"at the last step": 4}, "notes": notes}
 
 
-# --- studies that look ------------------------------------------------------------------------------------------------
+def against_papers(name, table, theirs):
+    """How an ablation differs from the method at 16 tokens, beside the papers' difference."""
+    sentences = []
+    for choose in ("distinct", "top"):
+        this, base = table[f"{name}, by {choose}"]["16"], table[f"ours, by {choose}"]["16"]
+        change = mean(this) - mean(base)
+        clear = max(this) < min(base) or min(this) > max(base)
+        beyond = "beyond" if clear else "within"
+        sentences.append(f"by {choose} {change:+.1f} points at 16, {beyond} the spread of the seeds"
+                         f" (the papers {theirs:+.1f}: {supports(clear and change * theirs > 0)})")
+    return f"{name}: {'; '.join(sentences)}."
 
-REAL = {"random": {"48": 97.3, "32": 93.6, "16": 86.9}, "diversity": {"48": 99.6, "32": 99.2, "16": 97.3}}
+
+# --- studies that look ----------------------------------------------------------------------------
+
+REAL = {"random": {48: 97.3, 32: 93.6, 16: 86.9}, "diversity": {48: 99.6, 32: 99.2, 16: 97.3}}
 
 
 def fidelity(args):
-    """Training-free choices beside LLaVA-1.5-7B's (UniPruneBench, arXiv 2511.02650), and the rule for the test bed."""
-    vlm, path = load(TINY, args.device), Path(args.questions or prepare() / "validation.jsonl")
-    rows, ways = read_questions(path), dict(ALL)
-    for budget in budgets(["48", "32", "16", "8"], vlm):
+    """Choices that learn nothing beside LLaVA-1.5-7B's, and the rule by which the bed was made.
+
+    UniPruneBench, arXiv 2511.02650; on validation questions. No scorer is looked at.
+    """
+    vlm, rows, ways = load(TINY, args.device), embedded("validation"), dict(WHOLE)
+    for budget in budgets(["48", "32", "16", "8", "4"], vlm):
         ways |= free_choices(vlm, budget, args.seeds)
-    answered, kept = accuracies(right_or_wrong(vlm, rows, ways)[0], rows), {}
-    full = answered.pop("all")
+    answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
+    full, kept, table = answered.pop("all"), {}, {}
     for name, by_category in answered.items():
         way, K = name.split()
-        kept.setdefault(way, {})[K] = retention(by_category, full)
-    rule = [["diversity at 16 below 98.5", kept["diversity"]["16"], kept["diversity"]["16"] < 98.5]]
+        kept[way, int(K)] = retention(by_category, full)
+        real = REAL.get(way, {}).get(int(K))
+        theirs = f" (LLaVA {real})" if real else ""
+        table.setdefault(way, {})[K] = f"{kept[way, int(K)]:.1f}{theirs}"
+    rule = {"diversity at 16 below 98.5": (kept["diversity", 16], kept["diversity", 16] < 98.5)}
     for way, at in REAL.items():
-        for K, theirs in at.items():
-            rule.append([f"{way} at {K} within 3 points of {theirs}", kept[way][K], abs(kept[way][K] - theirs) <= 3])
+        for K, real in at.items():
+            near = abs(kept[way, K] - real) <= 3
+            rule[f"{way} at {K} within 3 points of {real}"] = (kept[way, K], near)
     for way in ("CLS", "pooling"):
-        rule.append([f"{way} above random at 16", kept[way]["16"], kept[way]["16"] > kept["random"]["16"]])
-    least = 98.5 if path.stem == "test" else 99.0
+        above = kept[way, 16] > kept["random", 16]
+        rule[f"{way} above random at 16"] = (kept[way, 16], above)
     for category, share in full.items():
-        rule.append([f"{category} with all tokens at least {least}", 100 * share, 100 * share >= least])
-    return {"questions": path.stem, "retention": kept, "real": REAL, "full": full, "rule": rule}
+        rule[f"{category} with all tokens at least 99"] = (100 * share, share >= 0.99)
+    held = {text: {"measured": value, "holds": "yes" if holds else "**no**"}
+            for text, (value, holds) in rule.items()}
+    count = sum(holds for _, holds in rule.values())
+    return {"tables": {"retention, %, validation questions": table, "rule": held},
+            "notes": [f"{count} of the {len(rule)} parts of the rule hold."]}
 
 
 def positions(args):
-    """16 tokens at their original positions, and closed up, as servers that take embeddings place them."""
-    vlm, rows = load(TINY, args.device), read_questions(prepare() / "test.jsonl")
-    closed, (scorer, settings), budget = copy.copy(vlm), load_pruner(SHIPPED), Budget(16)
+    """16 tokens at their original positions, and closed up, as servers of embeddings place them."""
+    vlm, rows = load(TINY, args.device), embedded("test")
+    scorer, settings = load_pruner(SHIPPED)
+    closed, budget = copy.copy(vlm), Budget(16)
 
     def close_up(inputs, X, keep=None):
         sequence = vlm.embed(inputs, X, keep)
-        return {**sequence, "position_ids": (sequence["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+        close = (sequence["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return {**sequence, "position_ids": close}
 
     closed.embed = close_up
     free = free_choices(vlm, budget, 1)
     ways = {"scorer": [chooser(vlm, scorer.to(args.device), settings, budget)[0]],
             "diversity": free["diversity 16"], "uniform": free["uniform 16"]}
-    return {place: accuracies(right_or_wrong(model, rows, ways)[0], rows)
-            for place, model in (("original", vlm), ("closed up", closed))}
+    table = {}
+    for place, model in (("original", vlm), ("closed up", closed)):
+        answered = accuracies(right_or_wrong(model, rows, ways)[0], rows)
+        table |= {f"{way}, {place}": by_category for way, by_category in answered.items()}
+    far, near = table["scorer, original"], table["scorer, closed up"]
+    most = max(far, key=lambda category: far[category] - near[category])
+    cost = 100 * (far[most] - near[most])
+    return {"tables": {"accuracy by kind, %, and retention of the first row": by_kind(table, far)},
+            "notes": [f"Closing up costs most in '{most}': {cost:.1f} points."]}
+
+
+def scenes_and_labels(vlm, split):
+    """(X (scenes, N, d), what each token lies on (scenes, N)): 0 background, 1 a stranger, 2 an object.
+
+    A stranger is a thing that no text speaks of.
+    """
+    pixels, _, labels = scenes_to_learn(SPLITS[split], vlm.processor.image_processor, split)
+    X = vlm.encode({"pixel_values": pixels.float().to(vlm.model.device)}).float()
+    thing, of_object = labels[:, 0] > 0, labels[:, 2] > 0
+    return X, thing.int() + of_object.int()
 
 
 @torch.no_grad()
 def objects(args):
-    """What 16 kept tokens of the test scenes lie on: {way: {"objects", "strangers", "background": share}}."""
-    vlm, (scorer, settings), budget = load(TINY, args.device), load_pruner(SHIPPED), Budget(16)
-    pixels, _, labels = scenes_to_learn(SPLITS["test"], vlm.processor.image_processor, "test")
-    inputs = {"pixel_values": pixels.float().to(args.device)}
-    X, free = vlm.encode(inputs).float(), free_choices(vlm, budget, 1)
-    ways = {f"scorer, {choose}": chooser(vlm, scorer.to(args.device), settings, budget, choose=choose)[0]
-            for choose in ("distinct", "top")}
-    ways |= {name: free[f"{name} 16"][0] for name in ("random", "uniform", "CLS", "norm", "diversity", "coverage")}
-    there = (labels[:, 0] > 0).int() + (labels[:, 2] > 0)  # (scenes, 144): 0 background, 1 a stranger, 2 an object
-    kept = {"all": there} | {name: there.gather(1, choose(X, inputs).cpu().expand(len(X), -1))
-                             for name, choose in ways.items()}
-    return {name: {kind: mean((on == i).flatten().tolist())
-                   for i, kind in ((2, "objects"), (1, "strangers"), (0, "background"))} for name, on in kept.items()}
+    """What the kept tokens of the test scenes lie on."""
+    vlm = load(TINY, args.device)
+    scorer, settings = load_pruner(SHIPPED)
+    scorer = scorer.to(args.device)
+    X, lies_on = scenes_and_labels(vlm, "test")
+    kept = {"all": lies_on}
+    for K in (16, 4):
+        free = free_choices(vlm, Budget(K), 1)
+        ways = {f"scorer {K}": chooser(vlm, scorer, settings, Budget(K))[0],
+                f"scorer, top {K}": chooser(vlm, scorer, settings, Budget(K), choose="top")[0]}
+        for name in ("random", "uniform", "norm", "diversity", "coverage"):
+            ways[f"{name} {K}"] = free[f"{name} {K}"][0]
+        for way, choose in ways.items():
+            keep = choose(X, {}).cpu().expand(len(X), -1)
+            kept[way] = lies_on.gather(1, keep)
+    table = {}
+    for way, on in kept.items():
+        shares = [100 * (on == thing).float().mean().item() for thing in (2, 1, 0)]
+        table[way] = dict(zip(("on objects", "on strangers", "on background"), shares))
+    return {"tables": {"kept tokens, %": table}}
 
 
 def loss_of(graph, inputs, K, tau, parts=Parts()):
-    """The training graph's loss, with noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
-    vlm = graph[0]
-    noise = torch.randn(len(inputs["input_ids"]), vlm.tokens, vlm.width, device=vlm.model.device)
-    return forward(*graph, inputs, noise=noise, budget=Budget(K), tau=tau, parts=parts)[0]
+    """The training graph's loss, noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
+    vlm, B = graph[0], len(inputs["input_ids"])
+    noise = torch.randn(B, vlm.tokens, vlm.width, device=vlm.model.device)
+    return forward(*graph, inputs, noise, Budget(K), tau, parts)[0]
 
 
 def descend(graph, batches, K, parameters, lr, steps, end=1.0, parts=Parts()):
-    """So many steps of AdamW on these batches in turn, up to the share `end` of the schedule. Returns the losses."""
-    optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0), []
+    """`steps` of AdamW on these batches in turn, up to the share `end` of the schedule."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
+    losses = []
     for step in tqdm(range(steps), dynamic_ncols=True, leave=False):
-        loss = loss_of(graph, batches[step % len(batches)], K, temperature(end * step / steps), parts)
+        tau = temperature(end * step / steps)
+        loss = loss_of(graph, batches[step % len(batches)], K, tau, parts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -233,89 +359,121 @@ def coherence(gradients):
     return (((g @ g.T).sum() - n) / (n * (n - 1))).item()
 
 
-def probes(args):
-    """The papers' measured claims, for the noise gate and for Gumbel with straight-through.
+def roughness(graph, inputs, weights, seed, parts):
+    """Mean change of the loss over twenty steps of 1 % along a random direction, noise fixed."""
+    direction = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights]
+    losses = []
+    with torch.no_grad():
+        for _ in range(21):
+            torch.manual_seed(seed)
+            losses.append(loss_of(graph, inputs, 16, temperature(0.25), parts).item())
+            for w, d in zip(weights, direction):
+                w += 0.01 * d
+    return mean(abs(a - b) for a, b in zip(losses, losses[1:]))
 
-    coherence: mean cosine between the scorer's gradients on independent batches, at the start and midway;
-    roughness: mean change of the loss from step to step along a random direction in the scorer's weights, noise fixed;
-    random scores: accuracy with all tokens gated to a mean weight of K/N, against K tokens kept.
-    """
-    vlm, folder, result, batches = load(TINY, args.device), prepare(), {}, []
+
+def probes(args):
+    """The papers' measured claims, for the noise gate and for Gumbel with straight-through."""
+    vlm, folder, batches = load(TINY, args.device), prepare(), []
     pairs = list(read_coco(folder / "train.json").items())
     for i in range(32):
         paths, captions = zip(*pairs[24 * i:24 * i + 24])
-        batches.append(vlm.inputs([read_image(path) for path in paths], [PROMPT] * 24, [said[0] for said in captions]))
+        pictures = [read_image(path) for path in paths]
+        batches.append(vlm.inputs(pictures, [PROMPT] * 24, [texts[0] for texts in captions]))
     statistics = whitening(torch.cat([vlm.encode(inputs).float() for inputs in batches[:8]]))
-    for variant in ("papers", "papers, Gumbel"):
-        parts, result[variant] = VARIANTS[variant], []
+    table = {name: {} for name in ("coherence at the start", "coherence midway", "roughness")}
+    for name, variant in (("noise gate", "ours"), ("Gumbel, straight-through", "Gumbel")):
+        parts, runs = VARIANTS[variant][1], []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            graph = vlm, Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device), statistics
-            weights = list(graph[1].parameters())
+            scorer, denoiser = Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device)
+            graph = vlm, scorer, denoiser, statistics
+            weights = list(scorer.parameters())
 
             def gradients(tau):
                 for inputs in batches[:8]:
-                    gradient = torch.autograd.grad(loss_of(graph, inputs, 16, tau, parts), weights)
+                    loss = loss_of(graph, inputs, 16, tau, parts)
+                    gradient = torch.autograd.grad(loss, weights)
                     yield torch.cat([t.flatten() for t in gradient])
 
-            row = {"coherence at the start": coherence(gradients(temperature(0)))}
-            learned = [*weights, *graph[2].parameters()]
+            start = coherence(gradients(temperature(0)))
+            learned = [*weights, *denoiser.parameters()]
             descend(graph, batches[8:], 16, learned, 2e-3, args.steps or 60, 0.25, parts)
-            row["coherence midway"] = coherence(gradients(temperature(0.25)))
-            direction, losses = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights], []
-            with torch.no_grad():
-                for _ in range(21):  # twenty steps of 1 % of the weights' norm
-                    torch.manual_seed(seed)
-                    losses.append(loss_of(graph, batches[0], 16, temperature(0.25), parts).item())
-                    for w, d in zip(weights, direction):
-                        w += 0.01 * d
-            row["roughness"] = mean(abs(a - b) for a, b in zip(losses, losses[1:]))
-            result[variant].append(row)
+            midway = coherence(gradients(temperature(0.25)))
+            runs.append((start, midway, roughness(graph, batches[0], weights, seed, parts)))
+        for row, values in zip(table, zip(*runs)):
+            table[row][name] = list(values)
+    coherent, rough = (mean(table[row]["noise gate"]) / mean(table[row]["Gumbel, straight-through"])
+                       for row in ("coherence midway", "roughness"))
+    random_scores, gap = gated_and_kept(vlm, statistics)
+    return {"tables": {"gradients of the scorer": table,
+                       "random scores: accuracy, %": random_scores},
+            "digits": {"gradients of the scorer": 6},
+            "notes": [f"Coherence midway is {coherent:.2f} times Gumbel's: {supports(coherent > 1)}.",
+                      f"Roughness is {rough:.2f} times Gumbel's: {supports(rough < 1)}.",
+                      f"Gated and kept differ by up to {gap:.1f} points: {supports(gap <= 3)}."]}
 
+
+def gated_and_kept(vlm, statistics):
+    """With random scores: all tokens gated to a mean weight of K/N, against K tokens kept."""
     def gated(X, inputs, K):
-        return vp_gate(X, soft_top_k(torch.randn(X.shape[:2], device=X.device), K), *statistics), None
+        scores = torch.randn(X.shape[:2], device=X.device)
+        return vp_gate(X, soft_top_k(scores, K), *statistics), None
 
-    rows, ways = read_questions(folder / "test.jsonl"), {}
-    for share in (1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06):
+    rows, ways = embedded("test"), {}
+    shares = (1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06)
+    for share in shares:
         budget = Budget(share=share)
         ways[f"gated {share}"] = [by_budget(gated, budget)]
         ways[f"kept {share}"] = free_choices(vlm, budget, 1)[f"random {budget}"]
     answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
-    return {**result, "random scores": {name: 100 * mean(by.values()) for name, by in answered.items()}}
+    table, gaps = {}, []
+    for share in shares:
+        gated_all, kept = (100 * mean(answered[f"{way} {share}"].values()) for way in ("gated", "kept"))
+        table[f"{share:.0%}"] = {"gated": gated_all, "kept": kept}
+        gaps.append(abs(gated_all - kept))
+    return table, max(gaps)
 
 
 def ceiling(args):
     """16 tokens of each of 50 test images: how far choosing goes, and where the scorer falls short.
 
-    captions, answers: each image's scores optimised for themselves, without a scorer, on five captions of it, or on its
-    questions and answers. these 50: a scorer trained on those captions alone. scorer: the pruner that ships.
+    captions, answers: each image's scores optimised for themselves, without a scorer, on five
+    captions of it, or on its questions and answers. these 50: a scorer trained on those captions
+    alone. scorer: the pruner that ships.
     """
-    vlm, rows, steps = load(TINY, args.device), read_questions(prepare() / "test.jsonl")[:250], args.steps or 60
-    pictures, device = [read_image(row["image"]) for row in rows], vlm.model.device
-    told = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}")) for i in range(len(rows))]
-    texts = {"captions": ([PROMPT] * len(rows), told),  # five a picture, as there are five questions
+    vlm, rows, steps = load(TINY, args.device), embedded("test")[:250], args.steps or 60
+    device = vlm.model.device
+    pictures = [read_image(row["image"]) for row in rows]
+    captions = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}"))
+                for i in range(len(rows))]  # five a picture, as there are five questions
+    texts = {"captions": ([PROMPT] * len(rows), captions),
              "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
-    statistics = whitening(vlm.encode(vlm.inputs(pictures[::5], ["?"] * len(pictures[::5]))).float())
-    ways, no_denoiser = dict(ALL), torch.nn.Identity()
+    once = vlm.inputs(pictures[::5], ["?"] * 50)
+    statistics = whitening(vlm.encode(once).float())
+    ways, no_denoiser = dict(WHOLE), torch.nn.Identity()
     torch.manual_seed(0)
-    for name, (asked, said) in texts.items():
-        batches = [vlm.inputs(pictures[i:i + 50], asked[i:i + 50], said[i:i + 50]) for i in range(0, len(rows), 50)]
+    for name, (prompts, answers) in texts.items():
+        batches = [vlm.inputs(pictures[i:i + 50], prompts[i:i + 50], answers[i:i + 50])
+                   for i in range(0, len(rows), 50)]
         keeps = []
-        for inputs in batches:  # ten pictures each, as right_or_wrong asks about them: all questions of a picture
+        for inputs in batches:  # ten pictures, as right_or_wrong asks all questions of a picture
             scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
             graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), no_denoiser, statistics
             descend(graph, [inputs], 16, [scores], 0.05, steps)
-            keeps.append(select(scores.detach(), 16))
-        ways[name] = [lambda X, inputs, rest=iter(torch.cat(keeps)): torch.stack([next(rest) for _ in X])]
+            X = vlm.encode(inputs)[::5].float()
+            keeps.append(select(distinct(scores.detach(), X), 16))
+        rest = iter(torch.cat(keeps))
+        ways[name] = [lambda X, inputs, rest=rest: torch.stack([next(rest) for _ in X])]
         if name == "captions":
-            alone = Scorer(vlm.width).to(device)
-            repairs = Denoiser(vlm.width).to(device)
+            alone, repairs = Scorer(vlm.width).to(device), Denoiser(vlm.width).to(device)
             learned = [*alone.parameters(), *repairs.parameters()]
             descend((vlm, alone, repairs, statistics), batches, 16, learned, 1e-3, 5 * steps)
     scorer, settings = load_pruner(SHIPPED)
-    ways |= {"these 50": [lambda X, inputs: select(distinct(alone(X), X), 16)],
-             "scorer": [chooser(vlm, scorer.to(args.device), settings, Budget(16))[0]]}
-    return accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
+    ways["these 50"] = [lambda X, inputs: select(distinct(alone(X), X), 16)]
+    ways["scorer"] = [chooser(vlm, scorer.to(device), settings, Budget(16))[0]]
+    answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
+    return {"tables": {"accuracy by kind, %, and retention": by_kind(answered, answered["all"])}}
 
 
 SEVEN = "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16"
@@ -357,36 +515,44 @@ def gpu(args):
     return result
 
 
-STUDIES = {"fidelity": fidelity, "ablations": ablations, "probes": probes, "ceiling": ceiling, "positions": positions,
-           "objects": objects, "gpu": gpu}
+STUDIES = {
+    "fidelity": fidelity,
+    "ranking": ranking,
+    "ablations": ablations,
+    "objects": objects,
+    "positions": positions,
+    "ceiling": ceiling,
+    "probes": probes,
+    "gpu": gpu,
+}
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
     add("study", choices=[*STUDIES, "report"])
-    add("--seeds", type=int, help="of what is trained or drawn: 0 … n-1 (default: 3, fidelity: 5)")
-    add("--steps", type=int, help="of training (default: train.py's own; probes and ceiling: 60)")
-    add("--keep", nargs="+", metavar="K", help="of what is trained: measure at these (default: 48 32 16 8 ~16)")
-    add("--variants", nargs="+", metavar="NAME", help="of what is trained, or of gpu: only these")
-    add("--choose", choices=["distinct", "top"], default="distinct", help="of what is trained: train.py's, which decides "
-        "what scorer is kept; top writes ablations_top.json (default: distinct)")
-    add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained runs; what is in "
-        "it is not trained again (default: out/study)")
-    add("--questions", metavar="JSONL", help="of fidelity, ablations (default: the embedded validation; test)")
-    add("--to", type=Path, default=ROOT / "results", metavar="DIR", help="where it is written (default: results)")
+    add("--seeds", type=int, default=3,
+        help="how many seeds, 0 … n-1, of what is trained or drawn (default: %(default)s)")
+    add("--steps", type=int,
+        help="training steps (default: train.py's own; probes and ceiling: 60)")
+    add("--keep", nargs="+", metavar="K",
+        help="ablations: the budgets (default: 48 32 16 8 4 ~16 ~8)")
+    add("--variants", nargs="+", metavar="NAME", help="gpu: only these parts")
+    add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained "
+        "runs; what is in it is not trained again (default: out/study)")
+    add("--to", type=Path, default=ROOT / "results", metavar="DIR",
+        help="folder that the JSON file is written to (default: results)")
     add_device_arguments(ap)
     args = ap.parse_args()
     if not args.to.is_dir():
         raise InputError(f"--to {args.to}: there is no such folder; make it first")
-    args.json = args.to / f"{args.study}{'_top' * (args.study == 'ablations' and args.choose == 'top')}.json"
+    args.json = args.to / f"{args.study}.json"
     check(args, "seeds", "steps")
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")
-    args.seeds = args.seeds or (5 if args.study == "fidelity" else 3)
-    seeds = {} if args.study in ("ceiling", "positions", "objects", "gpu") else {"seeds": args.seeds}
-    save(args.json, "python -m results.study", {**seeds, args.study: STUDIES[args.study](args)})
-    print(section(args.to, args.json.stem))
+    save(args.json, "python -m results.study", {args.study: STUDIES[args.study](args)})
+    print(section(args.to, args.study))
 
 
 if __name__ == "__main__":
