@@ -1,9 +1,10 @@
 """
 The denoiser: repairs each gated token from its own content. In training only.
 
-One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token that saw others could
-copy from them what the gate withheld, and spoil what the scorer learns. Softmax over a single key is 1, so the whole
-attention collapses to two linear maps, and no attention scores need computing:
+One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token
+that saw others could copy from them what the gate withheld, and spoil what the scorer learns.
+Softmax over a single key is 1, so the whole attention collapses to two linear maps, and no attention
+scores need computing:
 
     softmax(q_i·k_i)·v_i = v_i        Attention(x)_i = W_o·W_v·x_i
 
@@ -19,7 +20,7 @@ from throttler import Attention, Block
 
 
 class DiagonalAttention(nn.Module):
-    """Attention under an identity mask, (B, N, width) -> (B, N, width): token i sees token i alone."""
+    """Attention under an identity mask, (B, N, width) -> (B, N, width): token i sees i alone."""
 
     def __init__(self, width):
         super().__init__()
@@ -33,28 +34,37 @@ class DiagonalAttention(nn.Module):
 class Denoiser(nn.Module):
     """X̃ (B, N, d_v) -> X̄ (B, N, d_v). diagonal=False is the papers' ablation: global attention.
 
-    It starts as the identity (the block's output layers are zero), so training begins from the gated tokens themselves.
+    It starts as the identity (the block's output layers are zero), so training begins from the
+    gated tokens themselves.
     """
 
     def __init__(self, d_v, diagonal=True):
         super().__init__()
         width = min(d_v, 1024)  # as the Scorer's
-        self.block = Block(width, DiagonalAttention if diagonal else Attention)
-        for p in (*self.block.attn.out.parameters(), *self.block.mlp[-1].parameters()):
-            nn.init.zeros_(p)
-        self.inp = nn.Linear(d_v, width) if d_v > width else nn.Identity()
-        self.out = nn.Linear(width, d_v, bias=False) if d_v > width else nn.Identity()
+        attention = DiagonalAttention if diagonal else Attention
+        self.block = Block(width, attention)
+        for layer in (self.block.attn.out, self.block.mlp[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.narrow = d_v > width
+        if self.narrow:
+            self.inp = nn.Linear(d_v, width)
+            self.out = nn.Linear(width, d_v, bias=False)
 
     def forward(self, X):
+        if not self.narrow:
+            return self.block(X)
         x = self.inp(X)  # (B, N, width)
-        repaired = self.block(x)
-        return repaired if x is X else X + self.out(repaired - x)
+        repair = self.block(x) - x
+        return X + self.out(repair)  # (B, N, d_v)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, diagonal = torch.randn(1, 5, 64), DiagonalAttention(64)
-    q, k, v = torch.randn(1, 5, 64), torch.randn(1, 5, 64), diagonal.value(x)  # any queries and keys will do
-    masked = diagonal.out(F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(5, dtype=torch.bool)))
-    for name, y in (("two linear maps", diagonal(x)), ("an identity mask", masked)):
-        print(f"{name:16}", " ".join(f"{value:+.4f}" for value in y[0, :, 0].tolist()))
+    q, k = torch.randn(2, 1, 5, 64)  # any queries and keys will do
+    identity = torch.eye(5, dtype=torch.bool)
+    attended = F.scaled_dot_product_attention(q, k, diagonal.value(x), attn_mask=identity)
+    for name, y in (("two linear maps", diagonal(x)), ("an identity mask", diagonal.out(attended))):
+        values = y[0, :, 0].tolist()
+        print(f"{name:16}", " ".join(f"{value:+.4f}" for value in values))

@@ -76,7 +76,9 @@ class Scorer(nn.Module):
     def __init__(self, d_v):
         super().__init__()
         width = min(d_v, 1024)
-        self.inp = nn.Linear(d_v, width) if d_v != width else nn.Identity()
+        self.inp = nn.Identity()
+        if d_v != width:
+            self.inp = nn.Linear(d_v, width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
@@ -105,7 +107,8 @@ def standardised(scores):
     padding = scores.isneginf()
     n = (~padding).sum(-1, keepdim=True)  # (B, 1) real tokens
     s = scores.masked_fill(padding, 0)
-    s = (s - s.sum(-1, keepdim=True) / n).masked_fill(padding, 0)
+    mean = s.sum(-1, keepdim=True) / n
+    s = (s - mean).masked_fill(padding, 0)
     variance = s.square().sum(-1, keepdim=True) / n
     z = s / (variance + 1e-5).sqrt()
     return z.masked_fill(padding, -torch.inf)
@@ -125,7 +128,8 @@ def distinct(scores, X, c=C):
     with torch.no_grad():
         real = ~z.isneginf()[..., None]  # (B, N, 1)
         x = X.float().masked_fill(~real, 0)
-        x = F.normalize(x - x.sum(1, keepdim=True) / real.sum(1, keepdim=True), dim=-1)
+        mean = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)  # x̄
+        x = F.normalize(x - mean, dim=-1)
         alike = x @ x.mT  # (B, N, N), cos(x_i - x̄, x_j - x̄)
         better = z[:, None, :] > z[:, :, None]  # (B, N, N), z_j > z_i
         said = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); not below the 0 of i itself: cos⁺
@@ -177,22 +181,28 @@ class SoftTopK(torch.autograd.Function):
         # With the k highest scores above b and the others below,
         #     Σ_i F(s_i - b) = k - ½·e^b·P + ½·e^-b·Q     P = Σ_{i<=k} e^-r_i,   Q = Σ_{i>k} e^r_i
         edge = torch.full_like(r[..., :1], -torch.inf)
-        logP = torch.cat([edge, (-r).logcumsumexp(-1)], -1)  # (..., N+1), k = 0 … N
-        logQ = torch.cat([r.flip(-1).logcumsumexp(-1).flip(-1), edge], -1)
+        above = (-r).logcumsumexp(-1)
+        below = r.flip(-1).logcumsumexp(-1).flip(-1)
+        logP = torch.cat([edge, above], -1)  # (..., N+1), k = 0 … N
+        logQ = torch.cat([below, edge], -1)
         # k = how many scores, put in the place of b, leave a sum of at most K (it falls as b grows)
         k = torch.arange(1, s.shape[-1] + 1, device=s.device)
         at_r = k - 0.5 * (logP[..., 1:] + r).exp() + 0.5 * (logQ[..., 1:] - r).exp()
-        k = ((at_r <= K) & ~r.isneginf()).sum(-1, keepdim=True)  # padding is never above b
-        logP, logQ = logP.gather(-1, k), logQ.gather(-1, k)
+        above_b = (at_r <= K) & ~r.isneginf()  # padding never is
+        k = above_b.sum(-1, keepdim=True)
+        logP = logP.gather(-1, k)
+        logQ = logQ.gather(-1, k)
         # Σ = K is a quadratic in e^b, solved in logarithms and without cancellation: with m = K - k,
         #     e^b = Q / (m + √(m² + PQ)) = (-m + √(m² + PQ)) / P
         m = K - k.double()
-        root = (m.abs() + (m.square() + (logP + logQ).exp()).sqrt()).log()
+        PQ = (logP + logQ).exp()
+        root = (m.abs() + (m.square() + PQ).sqrt()).log()
         b = torch.where(m < 0, root - logP, 0.5 * (logQ - logP))
         b = torch.where(m > 0, logQ - root, b)
         x = s - b  # s_i/tau - b
-        below, above = 0.5 * x.clamp(max=0).exp(), 1 - 0.5 * (-x).clamp(max=0).exp()
-        alpha = torch.where(x < 0, below, above)  # F(x)
+        left = 0.5 * x.clamp(max=0).exp()
+        right = 1 - 0.5 * (-x).clamp(max=0).exp()
+        alpha = torch.where(x < 0, left, right)  # F(x)
         alpha = alpha.masked_fill(s.isneginf(), 0)
         ctx.save_for_backward(alpha)
         ctx.tau = tau
@@ -206,7 +216,8 @@ class SoftTopK(torch.autograd.Function):
         q = f / f.sum(-1, keepdim=True).clamp_min(1e-300)  # softmax(-|s/tau - b|)
         g = grad.double()
         # ∂L/∂s_i = (1/τ)·f_i·(g_i - Σ_j q_j g_j)
-        ds = f * (g - (q * g).sum(-1, keepdim=True)) / ctx.tau
+        expected = (q * g).sum(-1, keepdim=True)
+        ds = f * (g - expected) / ctx.tau
         return ds.to(grad.dtype), None, None
 
 
@@ -253,10 +264,12 @@ def vp_gate(X, alpha, mean, L, noise=None):
     alpha is. `noise` (B, N, d) is standard normal, drawn afresh if not given. Noise that ignores
     the covariance can be averaged out (README).
     """
-    noise = torch.randn_like(X) if noise is None else noise
+    if noise is None:
+        noise = torch.randn_like(X)
     noise = (noise.to(L.dtype) @ L.T).to(X.dtype)  # L·ε
     alpha = alpha.unsqueeze(-1)  # (B, N, 1)
-    a, b = _sqrt(alpha).to(X.dtype), _sqrt(1 - alpha).to(X.dtype)
+    a = _sqrt(alpha).to(X.dtype)
+    b = _sqrt(1 - alpha).to(X.dtype)
     # x̃ = μ + √α·(x - μ) + √(1-α)·L·ε   (the papers' gate on whitened tokens; α = 1 gives back x)
     return a * X + (1 - a) * mean.to(X.dtype) + b * noise
 
