@@ -437,10 +437,13 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, ran
     assert train.feature_statistics(vlm, [([0], inputs)], 0)[-1] == real(inputs, X).sum(1).max()
     ranking = rank(scores, X)
     kept = ranking >= ranking.topk(5).values[:, -1:]  # (B, N)
-    full, deployed = (vlm.model(**masked(vlm, inputs, X, shown)).loss for shown in (real(inputs, X), kept))
+    highest = ranking >= ranking.max(1, keepdim=True).values  # a quarter of 5, rounded down
+    shown = real(inputs, X), kept, highest
+    full, deployed, quarter = (vlm.model(**masked(vlm, inputs, X, tokens)).loss for tokens in shown)
     soft = vlm.loss(inputs, vp_gate(X.float(), soft_top_k(ranking, 5, 0.7), *statistics, noise))
-    assert list(losses.values()) == pytest.approx([loss.item() for loss in (full, soft, deployed)], abs=1e-4)
-    assert len({round(loss, 3) for loss in losses.values()}) == 3
+    expected = [loss.item() for loss in (full, soft, deployed, quarter)]
+    assert list(losses.values()) == pytest.approx(expected, abs=1e-4)
+    assert len({round(loss, 3) for loss in losses.values()}) == 4
     known = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts, full=1.5)
     assert known == losses | {"full_loss": 1.5}
 
@@ -652,7 +655,7 @@ def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
     losses, at = iter([0.1, 5.0, 4.0, 3.0, 2.0, 3.5]), []
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
-                        {"full_loss": 1.0, "deployed_loss": next(losses)})
+                        {"full_loss": 1.0, "deployed_loss": next(losses), "quarter_loss": 1.0})
     monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
     tiny("--steps", 10)
     log = log_of(tmp_path / "out")

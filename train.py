@@ -126,24 +126,35 @@ def held_out_losses(graph, batches, budget, tau, processes, parts=Parts(), full=
 
     full_loss: nothing is pruned. No training changes it: give it where it is known.
     soft_loss: as in training. deployed_loss: of the kept tokens alone, without noise or denoiser.
+    quarter_loss: as deployed, with a quarter of K. One ranking serves every budget, and the few
+    show sooner than the many whether it is a good one.
     """
     vlm, scorer, *_ = graph
-    sums = torch.zeros(4, device=vlm.model.device)
+    sums = torch.zeros(5, device=vlm.model.device)
     for inputs, noise in batches:
         X, valid = vlm.encode(inputs).float(), inputs.get("valid")
         ranking = parts.rank(scorer(X, valid), X)  # (B, N)
-        keep = select(ranking, budget.of(real_tokens(X, valid)))  # (B, K)
-        deployed = vlm.loss(inputs, X, keep)
+        K = budget.of(real_tokens(X, valid))
         soft, _ = forward(*graph, inputs, noise, budget, tau, parts)
+        deployed = vlm.loss(inputs, X, select(ranking, K))
+        quarter = vlm.loss(inputs, X, select(ranking, quarter_of(K)))
         whole = torch.zeros_like(soft)
         if full is None:
             whole = vlm.loss(inputs, X)
-        sums += torch.stack([whole, soft, deployed, torch.ones_like(soft)]) * words_in(inputs)
+        losses = torch.stack([whole, soft, deployed, quarter, torch.ones_like(soft)])
+        sums += losses * words_in(inputs)
     processes.sum(sums)
-    whole, soft, deployed = (sums[:3] / sums[3]).tolist()
-    if full is None:
-        full = whole
-    return {"full_loss": full, "soft_loss": soft, "deployed_loss": deployed}
+    losses = (sums[:4] / sums[4]).tolist()
+    if full is not None:
+        losses[0] = full
+    return dict(zip(("full_loss", "soft_loss", "deployed_loss", "quarter_loss"), losses))
+
+
+def quarter_of(K):
+    """A quarter of a budget, an int or a tensor (B,), and at least one token."""
+    if torch.is_tensor(K):
+        return (K // 4).clamp_min(1)
+    return max(1, K // 4)
 
 
 # --- a training, set up ---------------------------------------------------------------------------

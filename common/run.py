@@ -149,10 +149,10 @@ class Run:
             write(self.folder / name, content)
 
     def best(self, settled):
-        """The evaluation with the lowest deployed loss once tau is down at `settled`. Until then the latest: while
-        alpha is soft, a low deployed loss is luck."""
+        """The evaluation with the lowest deployed losses, with K and a quarter of K tokens, once tau is down at
+        `settled`. Until then the latest: while alpha is soft, a low deployed loss is luck."""
         down = [e for e in self.curve if e["tau"] == settled]
-        return min(down or self.curve[-1:], key=lambda e: e["deployed_loss"])
+        return min(down or self.curve[-1:], key=lambda e: e["deployed_loss"] + e["quarter_loss"])
 
     def check_finite(self, step, value):
         if not math.isfinite(value):
