@@ -3,7 +3,7 @@ Draw the pictures again, from the code, the pruner that ships and the JSON files
 
     python -m results.draw                        # all of them, seconds
     python -m results.draw gate graphs            # only results/gate.png and results/graphs.png
-    python -m results.draw losses --run out       # out/losses.png, from the log.jsonl of a training
+    python -m results.draw losses --run out       # out/losses.png, from the log of a training
     python -m results.draw training --run out     # out/training.gif, of a training with --watch
 """
 import argparse
@@ -12,230 +12,316 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFont, ImageOps
 
-from common.budget import hardness_of
-from results.charts import COLORS, INK, arrow, box, canvas, font, half, line_chart, loss_chart
-from common.files import ROOT, InputError, cli, write
-from data.pictures import frame, read_image, seen_by_model
+from common.files import ROOT, InputError, cli, short, write
 from common.pruner import chooser, load_pruner
+from data.pictures import frame, read_image, seen_by_model
 from data.shapes.prepare import draw_scene, questions
 from denoiser import Denoiser
 from eval.accuracy import retention
-from eval.tables import mean
 from model import load
+from results.charts import BLUE, INK, RED, arrow, box, canvas, label, line_chart
 from throttler import soft_top_k, vp_gate, whitening
 
-HERE, EXAMPLES = Path(__file__).resolve().parent, sorted((ROOT / "data/shapes/examples").glob("*.jpg"))
-LEARNED, FROZEN = (250, 221, 190), (226, 232, 240)
+HERE = Path(__file__).resolve().parent
+SMALL = ImageFont.load_default(17)
+EXAMPLES = sorted((ROOT / "data/shapes/examples").glob("*.jpg"))
 
+
+def read_json(path, cure):
+    """What a JSON file holds, or a list of what its lines hold. InputError with this cure."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({short(e)}); {cure}") from None
+
+
+# --- the example scenes ---------------------------------------------------------------------------
 
 @functools.cache
 def tiny():
     """The tiny VLM, and how the pruner that ships chooses."""
     vlm = load("data/shapes/llava")
-    return vlm, chooser(vlm, *load_pruner(ROOT / "data/shapes/pruner"))[0]
+    choose, _ = chooser(vlm, *load_pruner(ROOT / "data/shapes/pruner"))
+    return vlm, choose
 
 
 @functools.cache
 def example(i):
-    """(question, inputs, X, keep, picture) of an example scene. The kinds of question take turns."""
+    """An example scene with a question (the kinds take turns), its tokens and those kept."""
     vlm, choose = tiny()
-    image, objects = read_image(EXAMPLES[i]), draw_scene(f"examples-{i}")[1]
-    question = questions(objects, random.Random(i))[i % 5][1]
+    image = read_image(EXAMPLES[i])
+    _, objects = draw_scene(f"examples-{i}")
+    _, question, _ = questions(objects, random.Random(i))[i % 5]
     inputs = vlm.inputs([image], [question])
     X = vlm.encode(inputs)
-    return question, inputs, X, choose(X, inputs), seen_by_model(vlm, inputs, image)
-
-
-def shown(i, alpha, side):
-    """An example scene with each patch as bright as its alpha (N,)."""
-    _, inputs, *_, image = example(i)
-    return frame(image.resize((side, side), Image.Resampling.BICUBIC), tiny()[0].boxes(inputs), alpha)
+    keep = choose(X, inputs)
+    picture = seen_by_model(vlm, inputs, image).resize((192, 192))
+    clear = torch.zeros(vlm.tokens).index_fill(0, keep[0], 1)  # (N,)
+    pruned = frame(picture, vlm.boxes(inputs), clear)
+    return SimpleNamespace(
+        question=question,
+        inputs=inputs,
+        X=X,
+        keep=keep,
+        picture=picture,
+        pruned=pruned,
+    )
 
 
 def kept():
-    """Six scenes: the picture, the tokens that are kept, a question, and the answers with all and with few tokens."""
+    """Six scenes, the tokens kept of each, and the answers with all and with these tokens."""
+    vlm, _ = tiny()
     sheet, draw = canvas(1254, 516)
     for i in range(len(EXAMPLES)):
-        vlm, (question, inputs, X, keep, _) = tiny()[0], example(i)
+        scene = example(i)
         x, y = 12 + i % 3 * 418, 10 + i // 3 * 258
-        sheet.paste(shown(i, torch.ones(vlm.tokens), 192), (x, y))
-        sheet.paste(shown(i, torch.zeros(vlm.tokens).index_fill(0, keep[0], 1), 192), (x + 200, y))
-        draw.text((x, y + 198), question, INK, font(17))
-        draw.text((x, y + 220), f"all {vlm.tokens}: {vlm.generate(inputs, X)[0]}", "gray", font(17))
-        draw.text((x + 200, y + 220), f"these {keep.shape[1]}: {vlm.generate(inputs, X, keep)[0]}", COLORS[0], font(17))
+        sheet.paste(scene.picture, (x, y))
+        sheet.paste(scene.pruned, (x + 200, y))
+        by_all, = vlm.generate(scene.inputs, scene.X)
+        by_kept, = vlm.generate(scene.inputs, scene.X, scene.keep)
+        few = f"these {scene.keep.shape[1]}: {by_kept}"
+        label(draw, x, y + 198, scene.question, "la", INK, SMALL)
+        label(draw, x, y + 220, f"all {vlm.tokens}: {by_all}", "la", "gray", SMALL)
+        label(draw, x + 200, y + 220, few, "la", RED, SMALL)
     return sheet
 
 
+# --- the parts of the method ----------------------------------------------------------------------
+
 def soft_top_k_curves():
-    """alpha over 48 normally spread scores, as tau falls."""
-    scores, series = torch.special.ndtri((torch.arange(48, 0, -1) - 0.5) / 48), {}
+    """alpha over 48 normally distributed scores, as tau falls."""
+    scores = torch.special.ndtri((torch.arange(48, 0, -1) - 0.5) / 48)  # descending
+    series = {}
     for tau in (2, 1, 0.5, 0.2, 0.1):
-        series[f"tau = {tau:g}"] = list(enumerate(soft_top_k(scores, 16, tau).tolist(), 1))
+        alpha = soft_top_k(scores, 16, tau).tolist()
+        series[f"tau = {tau:g}"] = list(enumerate(alpha, 1))
     series["hard top-K"] = [(1, 1), (16.5, 1), (16.5, 0), (48, 0)]
-    shades = [(165, 190, 220), (120, 160, 205), (75, 125, 185), (40, 90, 160), (15, 45, 100), COLORS[0]]
-    return half(line_chart(series, "tokens, highest score first (K = 16 of 48)", "alpha", [1, 8, 16, 24, 32, 40, 48],
-                           [0, 0.2, 0.4, 0.6, 0.8, 1], shades))
+    blues = ["#85aade", "#6693cc", "#4a7dbb", "#285aa0", "#0f2d64"]
+    return line_chart(series, "tokens, highest score first (K = 16 of 48)", "alpha",
+                      [1, 16, 32, 48], [0, 0.5, 1], [*blues, RED])
 
 
 def gate():
-    """The three strongest whitened components of a scene's features as red, green and blue, gated at four alphas."""
-    vlm, (_, _, X, _, scene) = tiny()[0], example(0)
+    """A scene's three strongest whitened components as red, green and blue, at four alphas."""
+    vlm, _ = tiny()
     scenes = [draw_scene(f"train-{i}")[0] for i in range(100)]
     mean, L = whitening(vlm.encode(vlm.inputs(scenes, ["?"] * len(scenes))))
-    top = L[:, -3:] / L[:, -3:].square().sum(0)  # whitened coordinate i is (x - mean)·v_i / √λ_i
+    top = L[:, -3:] / L[:, -3:].square().sum(0)  # whitened: (x - mean)·v_i / √λ_i
+    scene = example(0)
+    panels = {"the scene": scene.picture}
     torch.manual_seed(0)
-    panels = {"the scene": scene}
-    for share in (1, 0.7, 0.3, 0):
-        gated = vp_gate(X, torch.full(X.shape[:2], float(share)), mean, L)[0]  # (N, d)
-        rgb = (128 + 55 * ((gated - mean) @ top)).clamp(0, 255).byte()
-        panels[f"alpha = {share}"] = Image.frombytes("RGB", (vlm.side, vlm.side), rgb.numpy().tobytes())
+    for alpha in (1.0, 0.7, 0.3, 0.0):
+        X = vp_gate(scene.X, torch.full(scene.X.shape[:2], alpha), mean, L)[0]  # (N, d)
+        rgb = (128 + 55 * ((X - mean) @ top)).clamp(0, 255).byte()  # (N, 3)
+        side = (vlm.side, vlm.side)
+        panels[f"alpha = {alpha:g}"] = Image.frombytes("RGB", side, rgb.numpy().tobytes())
     image, draw = canvas(2340, 540)
-    for i, (label, panel) in enumerate(panels.items()):
-        image.paste(panel.resize((420, 420), Image.Resampling.NEAREST), (40 + i * 460, 20))
-        draw.text((250 + i * 460, 464), label, INK, font(42), anchor="mt")
-    return half(image)
+    for i, (name, panel) in enumerate(panels.items()):
+        x = 40 + i * 460
+        image.paste(panel.resize((420, 420), Image.NEAREST), (x, 20))
+        label(draw, x + 210, 464, name, "mt")
+    return image.reduce(2)
+
+
+def dependence(denoiser):
+    """How strongly each of 12 output tokens depends on each input token, (12, 12)."""
+    def outputs(X):
+        return denoiser(X[None])[0]
+
+    J = torch.autograd.functional.jacobian(outputs, torch.randn(12, 64))  # (12, 64, 12, 64)
+    return J.square().sum((1, 3)).sqrt()
 
 
 def attention():
-    """How strongly each output token of a Denoiser depends on each input token, with both masks; white is exactly 0."""
+    """What a Denoiser's outputs depend on, with both masks; white is exactly 0."""
     image, draw = canvas(1460, 800)
-    for x, diagonal, title in ((50, True, "identity mask: Denoiser"), (810, False, "full mask: the ablation")):
+    for x, diagonal, title in (
+        (50, True, "identity mask: Denoiser"),
+        (810, False, "full mask: the ablation"),
+    ):
         torch.manual_seed(0)
         denoiser = Denoiser(64, diagonal)
-        for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):  # they start at zero; as if trained
-            torch.nn.init.normal_(layer.weight, std=0.3)
-        J = torch.autograd.functional.jacobian(lambda x: denoiser(x[None])[0], torch.randn(12, 64))  # (12, 64, 12, 64)
-        J = J.square().sum((1, 3)).sqrt()  # (12, 12)
+        for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):
+            torch.nn.init.normal_(layer.weight, std=0.3)  # as if trained: they start at zero
+        J = dependence(denoiser)
         grey = (255 * (1 - (J / J.max()).sqrt())).byte()
-        matrix = Image.frombytes("L", (12, 12), grey.numpy().tobytes()).resize((600, 600), Image.Resampling.NEAREST)
-        image.paste(ImageOps.colorize(matrix, COLORS[1], "white"), (x, 100))
+        matrix = Image.frombytes("L", J.shape, grey.numpy().tobytes())
+        matrix = ImageOps.colorize(matrix, BLUE, "white")
+        image.paste(matrix.resize((600, 600), Image.NEAREST), (x, 100))
         draw.rectangle((x, 100, x + 600, 700), None, INK, 3)
-        draw.text((x + 300, 50), title, INK, font(), anchor="mm")
-    draw.text((730, 750), "across: input token; down: output token; white: exactly 0", INK, font(), anchor="mm")
-    return half(image)
+        label(draw, x + 300, 50, title, "mm")
+    label(draw, 730, 750, "across: input token; down: output token; white: exactly 0", "mm")
+    return image.reduce(2)
+
+
+# --- the two graphs -------------------------------------------------------------------------------
+
+LEARNED, FROZEN, FIXED = "#faddbe", "#e2e8f0", "white"
+PARTS = {  # name: (x of its centre, colour)
+    "Encoder": (400, FROZEN),
+    "Scorer": (670, LEARNED),
+    "distinct": (940, FIXED),
+    "soft top-K": (1210, FIXED),
+    "top K": (1210, FIXED),
+    "noise gate": (1480, FIXED),
+    "gather": (1480, FIXED),
+    "Denoiser": (1750, LEARNED),
+    "Projector": (2020, FROZEN),
+    "LLM": (2290, FROZEN),
+}
+
+
+def chain(draw, y, names):
+    """Parts in a row, with arrows from each to the next."""
+    for name, following in zip(names, names[1:]):
+        arrow(draw, (PARTS[name][0], y), (PARTS[following][0] - 110, y))
+    for name in names:
+        x, color = PARTS[name]
+        box(draw, x, y, name, color)
+
+
+def graph(image, draw, y, title, top_k, gate, given, result):
+    """A path from picture to answer; the branch above it decides what its gate lets through."""
+    above = y - 190
+    encoder, distinct, choice, llm = 400, 940, 1210, 2290  # their columns
+    label(draw, 40, y - 290, title, "la")
+    image.paste(example(0).picture, (28, y - 96))
+    arrow(draw, (220, y), (encoder - 110, y))
+    arrow(draw, (encoder, y), (encoder, above), (560, above))
+    arrow(draw, (distinct, y), (distinct, above + 50))  # it compares the features
+    arrow(draw, (choice, above), (1480, above), (1480, y - 50))
+    arrow(draw, (llm, y + 150), (llm, y + 50))
+    arrow(draw, (llm, y - 50), (llm, y - 150))
+    label(draw, llm, y + 160, given, "mt")
+    label(draw, llm, y - 160, result, "mb")
+    chain(draw, above, ["Scorer", "distinct", top_k])
+    chain(draw, y, ["Encoder", *gate, "Projector", "LLM"])
 
 
 def graphs():
-    """Training and inference: the same parts in the same columns, so that what falls away is seen."""
-    image, draw = canvas(2360, 1080)
-    columns = ["scene", "Encoder", "Scorer", "soft top-K", "noise gate", "Denoiser", "Projector", "LLM"]
-    at = {name: 130 + 300 * i for i, name in enumerate(columns)} | {"choose K": 1030, "gather": 1330}
-    fill = {"Encoder": FROZEN, "Projector": FROZEN, "LLM": FROZEN, "Scorer": LEARNED, "Denoiser": LEARNED}
-    rows = [("Training", ["Scorer", "soft top-K"], ["noise gate", "Denoiser", "Projector", "LLM"], "caption",
-             "next-token loss"),
-            ("Inference", ["Scorer", "choose K"], ["gather", "Projector", "LLM"], "question", "answer")]
-    for i, (title, upper, lower, given, wanted) in enumerate(rows):
-        y, lower = 370 + 480 * i, ["Encoder", *lower]
-        draw.text((40, y - 290), title, INK, font(44))
-        image.paste(example(0)[-1].resize((180, 180), Image.Resampling.BICUBIC), (40, y - 90))
-        arrow(draw, (220, y), (at["Encoder"] - 118, y))
-        arrow(draw, (at["Encoder"], y), (at["Encoder"], y - 190), (at[upper[0]] - 118, y - 190))
-        arrow(draw, (at[upper[-1]], y - 190), (at[lower[1]], y - 190), (at[lower[1]], y - 50))
-        arrow(draw, (at["LLM"], y + 150), (at["LLM"], y + 50))
-        draw.text((at["LLM"], y + 160), given, INK, font(36), anchor="mt")
-        arrow(draw, (at["LLM"], y - 50), (at["LLM"], y - 150))
-        draw.text((at["LLM"], y - 160), wanted, INK, font(36), anchor="mb")
-        for level, names in ((y - 190, upper), (y, lower)):
-            for a, b in zip(names, names[1:]):
-                arrow(draw, (at[a], level), (at[b] - 118, level))
-            for name in names:
-                box(draw, at[name], level, name, fill.get(name, "white"))
-    arrow(draw, (at["choose K"], y), (at["choose K"], y - 140))  # covering compares the features
-    few = torch.zeros(tiny()[0].tokens).index_fill(0, example(0)[3][0], 1)
-    image.paste(shown(0, few, 180), (at["gather"] - 90, y + 70))
-    draw.text((1000, 30), "orange learns, blue is frozen, white has no parameters", INK, font(36))
-    return half(image)
+    """Training and inference, the same parts in the same columns: one sees what falls away."""
+    image, draw = canvas(2450, 1150)
+    graph(image, draw, 370, "Training", "soft top-K", ["noise gate", "Denoiser"], "caption",
+          "next-token loss")
+    graph(image, draw, 850, "Inference", "top K", ["gather"], "question", "answer")
+    image.paste(example(0).pruned, (1384, 930))
+    label(draw, 1610, 980, "the tokens kept,\nat their own positions", "la")
+    label(draw, 1225, 30, "orange learns, blue is frozen, white has no parameters", "mt")
+    return image.reduce(2)
 
 
-def saved(name):
-    path = HERE / f"{name}.json"
-    if not path.exists():
-        raise InputError(f"{path}: is not there; measure it first, as its section of RESULTS.md says")
-    return json.loads(path.read_text(encoding="utf-8"))[name]
-
+# --- what was measured ----------------------------------------------------------------------------
 
 def accuracy():
-    """Retention against budget for every way of choosing, best first; stretched towards 100, where they crowd."""
-    table, series = saved("accuracy"), {}
-    full = next(iter(table.values()))
-    for name, by_category in table.items():
-        label, _, K = name.rpartition(" ")
-        if label and label != "all" and K.isdecimal():
-            series.setdefault(label, []).append((int(K), retention(by_category, full)))
-    series = {label: sorted(points) for label, points in series.items()}
-    best_first = dict(sorted(series.items(), key=lambda item: -item[1][0][1]))
+    """Retention against budget for each way of choosing; stretched near 100, where they crowd."""
+    table = read_json(HERE / "accuracy.json", "measure it as RESULTS.md says")["accuracy"]
+    series = {}
+    for row, by_kind in table.items():
+        way, _, K = row.rpartition(" ")
+        if K.isdecimal() and way != "all":
+            kept = retention(by_kind, table["all 144"])
+            series.setdefault(way, []).append((int(K), kept))
+    for points in series.values():
+        points.sort(reverse=True)  # fewer and fewer tokens
+    budgets = [K for K, _ in series["scorer"]]
     lowest = min(kept for points in series.values() for _, kept in points)
-    ticks = [kept for kept in (0, 20, 40, 60, 80, 90, 95, 98, 99, 100) if kept > lowest - 20]
-    return half(line_chart(best_first, "tokens kept, of 144", "retention, %", [K for K, _ in series["scorer"]], ticks,
-                           warp_x=math.log, warp_y=lambda kept: -math.log(102 - min(kept, 100.5))))
+    ticks = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 100) if tick > lowest - 20]
+
+    def stretched(kept):
+        return -math.log(102 - kept)
+
+    return line_chart(series, "tokens kept, of 144", "retention, %", budgets, ticks,
+                      bold="scorer", warp_x=math.log, warp_y=stretched)
 
 
 def losses(run):
-    """Draw a training's four held-out losses over its steps, beside its log."""
-    try:
-        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise InputError(f"{run}/log.jsonl: cannot be read ({e.strerror}); give a training with --run") from None
-    write(run / "losses.png", loss_chart([json.loads(line) for line in lines]))
-    print(f"wrote {run / 'losses.png'}")
+    """Draw a training's held-out losses over its steps: deployed, soft, and of all tokens."""
+    curve = read_json(run / "log.jsonl", "give a training with --run")
+    series, highest = {}, 0
+    for name in ("deployed_loss", "soft_loss", "full_loss"):
+        points = [(entry["step"], entry[name]) for entry in curve]
+        highest = max(highest, *(loss for _, loss in points))
+        series[f"{name} {points[-1][1]:.3f}"] = points
+    steps = [0, max(1, curve[-1]["step"])]
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * highest]
+    chart = line_chart(series, "step", "nats per token", steps, ticks, warp_y=math.log)
+    write(run / "losses.png", chart)
 
 
 def training(run):
-    """Draw a training as a moving picture: each patch of the watched images as bright as its alpha."""
-    try:
-        watched, made = (json.loads((run / f"{name}.json").read_text()) for name in ("watched", "pruner"))
-    except OSError as e:
-        raise InputError(f"{e.filename}: cannot be read ({e.strerror}); train with --watch, to the end") from None
-    vlm, pictures, frames, side = load(made["model"]), [], [], 112
+    """Draw a training as a GIF: each patch of the watched pictures as bright as its alpha."""
+    cure = "give a finished training with --watch"
+    watched = read_json(run / "watched.json", cure)
+    vlm = load(read_json(run / "pruner.json", cure)["model"])
+    pictures = []
     for path in watched["images"]:
         image = read_image(ROOT / path)
         inputs = vlm.inputs([image], ["?"])
-        image = seen_by_model(vlm, inputs, image).resize((side, side), Image.Resampling.BICUBIC)
+        image = seen_by_model(vlm, inputs, image).resize((112, 112))
         pictures.append((image, vlm.boxes(inputs)))
-    rows = math.ceil(len(pictures) / 3)
-    for at in watched["frames"][::2]:
-        sheet, draw = canvas(3 * side + 40, rows * (side + 10) + 60)
-        hardness = []
-        for i, ((image, boxes), alpha) in enumerate(zip(pictures, at["alpha"])):
-            alpha = torch.tensor(alpha[:len(boxes)])
-            sheet.paste(frame(image, boxes, alpha), (10 + i % 3 * (side + 10), 10 + i // 3 * (side + 10)))
-            hardness += hardness_of(alpha[None], round(alpha.sum().item())).tolist()
-        y, width = rows * (side + 10) + 14, 3 * side + 20
-        draw.text((10, y), f"step {at['step']}   hardness {mean(hardness):.2f}", INK, font(15))
-        draw.rectangle((10, y + 28, 10 + width * at["step"] / max(1, watched["frames"][-1]["step"]), y + 34), COLORS[0])
-        frames.append(sheet)
-    sheet = frames[-1].copy()  # one palette for all frames, of pictures with and without pale patches
-    for i, (image, _) in enumerate(pictures[:3]):
-        sheet.paste(image, (10 + i * (side + 10), 10))
-    palette = sheet.quantize(128)
-    frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in frames + frames[-1:] * 12]
-    write(run / "training.gif", frames[0], dict(save_all=True, append_images=frames[1:], duration=150, loop=0))
-    print(f"wrote {run / 'training.gif'}")
+    places = [(10 + i % 3 * 122, 10 + i // 3 * 122) for i in range(len(pictures))]
+    bottom = places[-1][1] + 126
+    moments = watched["frames"][::2]
+    sheets = []
+    for moment in moments:
+        sheet, draw = canvas(376, bottom + 46)
+        for (image, boxes), alpha, place in zip(pictures, moment["alpha"], places):
+            alpha = torch.tensor(alpha[:len(boxes)])  # without padding
+            sheet.paste(frame(image, boxes, alpha), place)
+        step, tau = moment["step"], moment["tau"]
+        label(draw, 10, bottom, f"step {step}   tau {tau:.2f}", "la", INK, SMALL)
+        done = step / max(1, moments[-1]["step"])
+        draw.rectangle((10, bottom + 28, 10 + 356 * done, bottom + 34), RED)
+        sheets.append(sheet)
+
+    colors, _ = canvas(752, bottom)  # one palette for all frames: of pale and of clear pictures
+    colors.paste(sheets[0])
+    for (image, _), (x, y) in zip(pictures, places):
+        colors.paste(image, (376 + x, y))
+    palette = colors.quantize(256)
+    sheets = [sheet.quantize(palette=palette, dither=0) for sheet in sheets]
+    first, *others = sheets + sheets[-1:] * 12  # the end stays a while
+    options = dict(save_all=True, append_images=others, duration=150, loop=0)
+    write(run / "training.gif", first, options)
 
 
-PICTURES = {"kept": kept, "soft_top_k": soft_top_k_curves, "gate": gate, "attention": attention, "graphs": graphs,
-            "accuracy": accuracy}
+PICTURES = {
+    "kept": kept,
+    "soft_top_k": soft_top_k_curves,
+    "gate": gate,
+    "attention": attention,
+    "graphs": graphs,
+    "accuracy": accuracy,
+}
+OF_A_RUN = {"losses": losses, "training": training}
 
 
 @torch.no_grad()
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("names", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)} (default: all of these), or "
-                    "losses or training")
-    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR", help="of losses, training (default: out)")
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join(PICTURES | OF_A_RUN)
+    ap.add_argument("names", nargs="*", metavar="PICTURE",
+                    help=f"of {known} (default: all but the last two)")
+    ap.add_argument("--run", type=Path, default=Path("out"), metavar="DIR",
+                    help="of losses and training (default: %(default)s)")
     args = ap.parse_args()
     for name in args.names or PICTURES:
-        if name in ("losses", "training"):
-            (losses if name == "losses" else training)(args.run)
-            continue
-        if name not in PICTURES:
-            raise InputError(f"{name}: there is no such picture; choose from {', '.join(PICTURES)}, losses, training")
-        write(HERE / f"{name}.png", PICTURES[name]())
-        print(f"wrote results/{name}")
+        if name in PICTURES:
+            write(HERE / f"{name}.png", PICTURES[name]())
+        elif name in OF_A_RUN:
+            OF_A_RUN[name](args.run)
+        else:
+            raise InputError(f"{name}: there is no such picture; choose from {known}")
+        print(f"wrote {name}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """
 The embedded default's data: drawn scenes of one to four coloured shapes among clutter.
 
-    python -m data.shapes.prepare        # half a minute; at once if this very code has drawn them before
+    python -m data.shapes.prepare        # half a minute; at once if this very code has drawn them
 
-Writes, beside this file (as data/shakespeare_char/prepare.py does in nanoGPT):
+Writes beside this file, as data/shakespeare_char/prepare.py does in nanoGPT:
 
     train/*.jpg, train.json              4,000 scenes, two captions each, in COCO's captions format
-    validation/*.jpg, validation.jsonl   200 other scenes with five questions each; every choice is made on these
-    test/*.jpg, test.jsonl               500 other scenes with five questions each; reported, and chose nothing
-    examples/*.jpg                       6 scenes to try infer.py on; these are in git, the rest is not
+    validation/*.jpg, validation.jsonl   200 others, five questions each; every choice is made here
+    test/*.jpg, test.jsonl               500 others, five questions each; reported, decided nothing
+    examples/*.jpg                       6 scenes to try infer.py on; these are in git
 """
 import colorsys
 import hashlib
 import math
 import random
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -23,158 +24,242 @@ from tqdm import tqdm
 from common.files import cli, write
 
 FOLDER = Path(__file__).resolve().parent
+SPLITS = {
+    "train": 4000,
+    "validation": 200,
+    "test": 500,
+    "examples": 6,
+}
 SIZE = 96  # pixels a side: 12 x 12 = 144 patches of 8
-FINE = 4  # scenes are drawn at four times the size and scaled down, for smooth edges
+FINE = 4  # scenes are drawn four times as large and scaled down, for smooth edges
+
 SHAPES = ["circle", "square", "triangle", "star", "cross"]
 COLORS = {
-    "red": (205, 40, 45), "green": (45, 150, 60), "blue": (45, 85, 205),
-    "yellow": (235, 205, 50), "purple": (140, 60, 170), "orange": (240, 130, 35),
+    "red": (205, 40, 45),
+    "green": (45, 150, 60),
+    "blue": (45, 85, 205),
+    "yellow": (235, 205, 50),
+    "purple": (140, 60, 170),
+    "orange": (240, 130, 35),
 }
-PLACES = ["top left", "top right", "bottom left", "bottom right"]  # index: 2·(lower half) + (right half)
+PLACES = ["top left", "top right", "bottom left", "bottom right"]  # 2·(lower half) + (right half)
 NUMBERS = ["zero", "one", "two", "three", "four"]
-CLUTTER, STRANGERS = 40, 32  # scribbles and blobs, and larger things that have no name, in a scene: at the most
-STRANGE = [*(f"hollow {s}" for s in SHAPES[:3]), *(f"grey {s}" for s in SHAPES)]
-SPLITS = {"train": 4000, "validation": 200, "test": 500, "examples": 6}
+HOLLOW = ["hollow circle", "hollow square", "hollow triangle"]
+GREY = [f"grey {shape}" for shape in SHAPES]
+STRANGE = HOLLOW + GREY
+RADII = {  # distances of the corners from the centre
+    "circle": [1] * 48,
+    "square": [1.2] * 4,
+    "triangle": [1.15] * 3,
+    "star": [1.15, 0.45] * 5,
+}
+CLUTTER = 40  # the most in a scene: scribbles and blobs
+STRANGERS = 32  # the most in a scene: outlines and grey shapes
 
+
+# --- what is in a scene ---------------------------------------------------------------------------
 
 def place_objects(rng):
     """One to four objects that do not touch: dicts of shape, color, place, x, y, r (pixels).
 
-    Shapes and colours are distinct within a scene, so that "the circle" and "the red shape" name one object. No
-    centre lies within 6 pixels of a midline, so that its quadrant is beyond doubt.
+    Shapes and colours are distinct within a scene, so "the circle" and "the red shape" each name
+    one object. No centre is within 6 pixels of a midline, so its quadrant is beyond doubt.
     """
     n = rng.randint(1, 4)
-    shapes, colors = rng.sample(SHAPES, n), rng.sample(list(COLORS), n)
+    shapes = rng.sample(SHAPES, n)
+    colors = rng.sample(list(COLORS), n)
     objects, tries = [], 0
     while len(objects) < n:
         tries += 1
         if tries % 200 == 0:
             objects = []  # the first ones left no room
         r = rng.uniform(12, 18)
-        x, y = rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)
+        x = rng.uniform(r + 1, SIZE - r - 1)
+        y = rng.uniform(r + 1, SIZE - r - 1)
         clear = min(abs(x - SIZE / 2), abs(y - SIZE / 2)) >= 6
-        if clear and all(math.hypot(x - o["x"], y - o["y"]) >= r + o["r"] + 3 for o in objects):
-            place, i = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)], len(objects)
+        for o in objects:
+            clear &= math.hypot(x - o["x"], y - o["y"]) >= r + o["r"] + 3
+        if clear:
+            i = len(objects)
+            place = PLACES[2 * (y > SIZE / 2) + (x > SIZE / 2)]
             objects.append(dict(shape=shapes[i], color=colors[i], place=place, x=x, y=y, r=r))
     return objects
 
 
-def place_strangers(seed):
-    """Outlines and grey shapes, which no text speaks of: dicts of shape, color, tone (0 … 1), x, y, r (pixels)."""
-    rng, things = random.Random(f"strangers-{seed}"), []
-    for _ in range(rng.randint(0, STRANGERS)):
-        tone, x, y = rng.random(), rng.uniform(0, SIZE), rng.uniform(0, SIZE)
-        if rng.random() < 0.5:
-            shape, r = rng.choice(STRANGE[:3]), rng.uniform(8, 12)
-            color = colorsys.hsv_to_rgb(tone, rng.uniform(0.6, 1), rng.uniform(0.5, 1))
-        else:
-            shape, r, color = rng.choice(STRANGE[3:]), rng.uniform(5, 8), [0.15 + 0.8 * tone] * 3
-        things.append(dict(shape=shape, color=tuple(int(255 * c) for c in color), tone=tone, x=x, y=y, r=r))
-    return things
+def rgb(hue, saturation, value):
+    """A colour as pillow takes it, (red, green, blue) from 0 to 255."""
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
 
+
+def place_strangers(seed):
+    """Outlines and grey shapes that no text mentions: dicts of shape, color, tone, x, y, r.
+
+    Real pictures are full of things that nobody asks about, and so are these.
+    """
+    rng = random.Random(f"strangers-{seed}")
+    strangers = []
+    for _ in range(rng.randint(0, STRANGERS)):
+        tone = rng.random()
+        x = rng.uniform(0, SIZE)
+        y = rng.uniform(0, SIZE)
+        if rng.random() < 0.5:
+            shape = rng.choice(HOLLOW)
+            r = rng.uniform(8, 12)
+            color = rgb(tone, rng.uniform(0.6, 1), rng.uniform(0.5, 1))
+        else:
+            shape = rng.choice(GREY)
+            r = rng.uniform(5, 8)
+            color = rgb(0, 0, 0.15 + 0.8 * tone)
+        strangers.append(dict(shape=shape, color=color, tone=tone, x=x, y=y, r=r))
+    return strangers
+
+
+# --- the picture ----------------------------------------------------------------------------------
 
 def draw_scene(seed):
-    """Draw one scene from a seed of any kind. Returns (picture, objects)."""
+    """Draw one scene from a seed of any kind: (picture, objects)."""
     rng = random.Random(seed)
-    objects, side = place_objects(rng), SIZE * FINE
-
-    # background: a random texture (blobs, grain or stripes) between two muted tones
-    w, h = rng.choice([(5, 5), (12, 12), (32, 32), (16, 1), (1, 16)])
-    texture = Image.frombytes("L", (w, h), rng.randbytes(w * h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    level = rng.randint(70, 190)
-    tones = [tuple(min(255, max(0, level + s * 25 + rng.randint(-15, 15))) for _ in range(3)) for s in (-1, 1)]
-    image = ImageOps.colorize(texture, *tones).resize((side, side), Image.Resampling.BILINEAR)
-
+    objects = place_objects(rng)
+    image = draw_background(rng)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, CLUTTER)):
         draw_clutter(draw, rng)
-    for o in place_strangers(seed):
-        draw_shape(draw, o, o["color"], FINE)
+    for stranger in place_strangers(seed):
+        draw_shape(draw, stranger, stranger["color"], FINE)
     for o in objects:
-        draw_shape(draw, o, tuple(min(255, max(0, c + rng.randint(-18, 18))) for c in COLORS[o["color"]]), FINE)
-    return image.resize((SIZE, SIZE), Image.Resampling.BOX), objects
+        color = [min(255, c + rng.randint(-18, 18)) for c in COLORS[o["color"]]]
+        draw_shape(draw, o, tuple(color), FINE)
+    return image.resize((SIZE, SIZE), Image.BOX), objects
 
 
-def around(x, y, radii, turn=0.0):
+def draw_background(rng):
+    """A random texture of two muted tones, FINE times as large: blobs, grain or stripes."""
+    w, h = rng.choice([(5, 5), (12, 12), (32, 32), (16, 1), (1, 16)])
+    noise = Image.frombytes("L", (w, h), rng.randbytes(w * h))
+    texture = noise.resize((SIZE, SIZE))
+    level = rng.randint(70, 190)
+    dark = [level - 25 + rng.randint(-15, 15) for _ in range(3)]
+    bright = [level + 25 + rng.randint(-15, 15) for _ in range(3)]
+    colored = ImageOps.colorize(texture, dark, bright)
+    return colored.resize((SIZE * FINE, SIZE * FINE), Image.BILINEAR)
+
+
+def corners(x, y, radii, turn=0.0):
     """The corners of a polygon around (x, y): one at each of these distances, evenly turned."""
-    angles = [turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles)]
+    points = []
+    for i, r in enumerate(radii):
+        angle = turn + 2 * math.pi * i / len(radii)
+        points.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+    return points
 
 
 def draw_clutter(draw, rng):
-    """Draw one small thing, a scribble or a blob, at a random place and in a random colour."""
-    x, y = rng.uniform(0, SIZE * FINE), rng.uniform(0, SIZE * FINE)
-    color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.15, 1)))
+    """Draw a scribble or a blob, at a random place and in a random colour."""
+    x = rng.uniform(0, SIZE * FINE)
+    y = rng.uniform(0, SIZE * FINE)
+    color = rgb(rng.random(), rng.uniform(0.2, 1), rng.uniform(0.15, 1))
     if rng.random() < 0.5:
-        points = [(x + rng.gauss(0, 28), y + rng.gauss(0, 28)) for _ in range(rng.randint(2, 9))]
-        draw.line(points, fill=color, width=rng.randint(3, 10), joint="curve")
+        n = rng.randint(2, 9)
+        points = [(x + rng.gauss(0, 28), y + rng.gauss(0, 28)) for _ in range(n)]
+        draw.line(points, color, rng.randint(3, 10), joint="curve")
     else:
-        n, size = rng.randint(5, 9), rng.uniform(10, 24)
-        draw.polygon(around(x, y, [size * rng.uniform(0.4, 1) for _ in range(n)]), color)
+        n = rng.randint(5, 9)
+        size = rng.uniform(10, 24)
+        radii = [size * rng.uniform(0.4, 1) for _ in range(n)]
+        draw.polygon(corners(x, y, radii), color)
 
 
-def draw_shape(draw, o, color, scale):
+def draw_shape(draw, thing, color, scale):
     """Draw an object or a stranger, `scale` times as large as it is."""
-    (*look, shape), x, y, r = o["shape"].split(), o["x"] * scale, o["y"] * scale, o["r"] * scale
-    fill, outline = (None, color) if look == ["hollow"] else (color, None)
+    *look, shape = thing["shape"].split()
+    x, y, r = [thing[name] * scale for name in "xyr"]
+    fill, outline = color, None
+    if look == ["hollow"]:
+        fill, outline = None, color
     if shape == "cross":
-        draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill)
-        draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill)
-    else:
-        radii = {"circle": [1] * 48, "square": [1.2] * 4, "triangle": [1.15] * 3, "star": [1.15, 0.45] * 5}[shape]
-        corners = around(x, y, [r * q for q in radii], math.pi / 4 if shape == "square" else -math.pi / 2)
-        draw.polygon(corners, fill, outline, 3 * scale)
+        arm = 0.35 * r
+        draw.rectangle((x - r, y - arm, x + r, y + arm), fill)
+        draw.rectangle((x - arm, y - r, x + arm, y + r), fill)
+        return
+    turn = -math.pi / 2
+    if shape == "square":
+        turn = math.pi / 4
+    radii = [r * share for share in RADII[shape]]
+    draw.polygon(corners(x, y, radii, turn), fill, outline, 3 * scale)
+
+
+# --- the texts ------------------------------------------------------------------------------------
+
+def named(color, shape):
+    """a red star, an orange cross"""
+    article = "an" if color == "orange" else "a"
+    return f"{article} {color} {shape}"
 
 
 def caption(objects, rng):
-    """One sentence that names the number, and every object with its colour, shape and place, in random order."""
-    n, things = len(objects), rng.sample(objects, len(objects))
-    parts = [f"{'an' if o['color'] == 'orange' else 'a'} {o['color']} {o['shape']} at the {o['place']}" for o in things]
-    text = parts[0] if n == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return f"{NUMBERS[n].capitalize()} shape{'s' * (n > 1)}: {text}."
+    """A sentence with the number of objects, and of each its colour, shape and place, shuffled."""
+    n = len(objects)
+    parts = []
+    for o in rng.sample(objects, n):
+        parts.append(f"{named(o['color'], o['shape'])} at the {o['place']}")
+    if n == 1:
+        return f"One shape: {parts[0]}."
+    return f"{NUMBERS[n].capitalize()} shapes: {', '.join(parts[:-1])} and {parts[-1]}."
 
 
 def questions(objects, rng):
-    """One question of each kind: [(category, question, answer), …]."""
+    """One question of each kind about one of the objects: [(kind, question, answer), …]."""
     o = rng.choice(objects)
-    present = {(p["color"], p["shape"]) for p in objects}
-    absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
-    near = [(c, s) for c, s in absent if c == o["color"] or s == o["shape"]]  # only one of the two words is wrong
-    color, shape = rng.choice([(o["color"], o["shape"])] * 2 + [rng.choice(absent), rng.choice(near)])
-    article = "an" if color == "orange" else "a"
+    right = o["color"], o["shape"]
+    present = [(p["color"], p["shape"]) for p in objects]
+    absent = [pair for pair in product(COLORS, SHAPES) if pair not in present]
+    near = [(c, s) for c, s in absent if c == o["color"] or s == o["shape"]]  # one word is wrong
+    pair = rng.choice([right, right, rng.choice(absent), rng.choice(near)])
+    exists = "yes" if pair in present else "no"
     return [
         ("color", f"What color is the {o['shape']}?", o["color"]),
         ("shape", f"What shape is the {o['color']} thing?", o["shape"]),
         ("where", f"Where is the {o['shape']}?", o["place"]),
         ("count", "How many shapes are there?", NUMBERS[len(objects)]),
-        ("exists", f"Is there {article} {color} {shape}?", "yes" if (color, shape) in present else "no"),
+        ("exists", f"Is there {named(*pair)}?", exists),
     ]
 
 
+# --- the files ------------------------------------------------------------------------------------
+
 def prepare(splits=SPLITS):
-    """Draw the scenes, unless this file as it is has drawn them; write the JSON files; return their folder."""
+    """Draw the scenes and write the JSON files, unless this very code has; returns their folder."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    jobs = [(split, i, f"{split}/{i:05d}.jpg") for split, n in splits.items() for i in range(n)]
-    files = ["train.json", "validation.jsonl", "test.jsonl", *(name for *_, name in jobs)]
-    if all((FOLDER / name).exists() for name in files) and code in (FOLDER / "train.json").read_text():
+    scenes = [(split, i, f"{split}/{i:05d}.jpg") for split, n in splits.items() for i in range(n)]
+    names = ["train.json", "validation.jsonl", "test.jsonl", *(name for *_, name in scenes)]
+    complete = all((FOLDER / name).exists() for name in names)
+    if complete and code in (FOLDER / "train.json").read_text():
         return FOLDER
-    images, annotations, rows = [], [], {"validation": [], "test": []}
-    for split, i, name in tqdm(jobs, desc="drawing scenes", unit="scene", dynamic_ncols=True):
-        image, objects = draw_scene(f"{split}-{i}")  # a seed of its own for each scene: the splits are disjoint
+
+    for split in splits:
+        with suppress(OSError):  # write() reports a folder that cannot be made
+            (FOLDER / split).mkdir(exist_ok=True)
+    images = []
+    annotations = []
+    rows = {"validation": [], "test": []}
+    for split, i, name in tqdm(scenes, desc="drawing scenes", dynamic_ncols=True):
+        image, objects = draw_scene(f"{split}-{i}")  # a seed of its own: the splits are disjoint
         rng = random.Random(f"text-{split}-{i}")
         if split != "examples" or not (FOLDER / name).exists():
-            with suppress(OSError):  # where a folder cannot be made, write() says so
-                (FOLDER / split).mkdir(exist_ok=True)
             write(FOLDER / name, image)
         if split == "train":
             images.append(dict(id=i, file_name=name, height=SIZE, width=SIZE))
-            annotations += [dict(id=2 * i + j, image_id=i, caption=caption(objects, rng)) for j in range(2)]
-        if split in rows:
-            for kind, text, said in questions(objects, rng):
-                rows[split].append(dict(question_id=len(rows[split]), image=name, text=text, label=said, category=kind))
+            for j in range(2):
+                text = caption(objects, rng)
+                annotations.append(dict(id=2 * i + j, image_id=i, caption=text))
+        elif split in rows:
+            for kind, text, answer in questions(objects, rng):
+                rows[split].append(dict(question_id=len(rows[split]), image=name, text=text,
+                                        label=answer, category=kind))
     for split, lines in rows.items():
         write(FOLDER / f"{split}.jsonl", lines)
-    write(FOLDER / "train.json", dict(info={"code": code}, images=images, annotations=annotations))  # all is there
+    coco = dict(info={"code": code}, images=images, annotations=annotations)
+    write(FOLDER / "train.json", coco)  # the last: all is there, and by which code
     return FOLDER
 
 
