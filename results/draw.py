@@ -227,16 +227,16 @@ def accuracy():
     for row, by_kind in table.items():
         way, _, K = row.rpartition(" ")
         if K.isdecimal() and way != "all":
-            kept = retention(by_kind, table["all 144"])
-            series.setdefault(way, []).append((int(K), kept))
+            retained = retention(by_kind, table["all 144"])
+            series.setdefault(way, []).append((int(K), retained))
     for points in series.values():
         points.sort(reverse=True)  # fewer and fewer tokens
     budgets = [K for K, _ in series["scorer"]]
-    lowest = min(kept for points in series.values() for _, kept in points)
+    lowest = min(y for points in series.values() for _, y in points)
     ticks = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 100) if tick > lowest - 20]
 
-    def stretched(kept):
-        return -math.log(102 - kept)
+    def stretched(y):
+        return -math.log(102 - y)
 
     return line_chart(series, "tokens kept, of 144", "retention, %", budgets, ticks,
                       bold="scorer", warp_x=math.log, warp_y=stretched)
@@ -252,8 +252,8 @@ def losses(run):
         series[f"{name} {points[-1][1]:.3f}"] = points
     steps = [0, max(1, curve[-1]["step"])]
     ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * highest]
-    chart = line_chart(series, "step", "nats per token", steps, ticks, warp_y=math.log)
-    write(run / "losses.png", chart)
+    write(run / "losses.png",
+          line_chart(series, "step", "nats per token", steps, ticks, warp_y=math.log))
 
 
 def training(run):
