@@ -32,7 +32,7 @@ from common.files import ROOT, InputError, cli, portable, rounded
 from common.processes import Processes
 from common.pruner import RANKINGS, fingerprint, thresholds
 from common.run import Run
-from data.coco import Captions, generator, load_batches, read_coco, split
+from data.coco import Captions, digests, generator, load_batches, read_coco, split
 from data.pictures import read_image
 from data.questions import read_questions
 from data.shapes.prepare import FOLDER, prepare
@@ -172,15 +172,16 @@ def read_data(args, processes):
 
 def settings_of(args):
     """All that determines the outcome of a run, for pruner.json and --resume."""
-    names = ("choose", "steps", "batch", "lr", "seed", "dtype", "watch", "images")
+    names = ("choose", "steps", "batch", "lr", "seed", "dtype", "watch")
     settings = {name: getattr(args, name) for name in names}
     return settings | {"data": portable(args.data or FOLDER / "train.json"),
+                       "images": args.images and portable(args.images),
                        "model": portable(args.model), "keep": str(args.keep)}
 
 
 def check_contents(run, args, vlm, pairs, questions):
-    """InputError for a text that the model cannot take, and unless a resumed run finds the model
-    and the captions that it began with."""
+    """InputError for a text that the model cannot take, and unless a resumed run finds the model,
+    the captions and the pictures that it began with."""
     data = args.data or FOLDER / "train.json"
     for path, captions in pairs:
         for caption in captions:
@@ -190,12 +191,9 @@ def check_contents(run, args, vlm, pairs, questions):
         vlm.check_text(row["text"], row["where"])
 
     captions = repr([texts for _, texts in pairs]).encode()
-    contents = {"model": fingerprint(vlm.model), "data": hashlib.sha256(captions).hexdigest()}
-    for name, now in contents.items():
-        if run.state.setdefault(name, now) != now:
-            path = settings_of(args)[name]
-            raise InputError(f"--{name} {path}: not the same content that the run in {args.out} "
-                             "began with; --resume needs that")
+    contents = {f"--model {portable(args.model)}": fingerprint(vlm.model),
+                f"--data {portable(data)}": hashlib.sha256(captions).hexdigest()}
+    run.check_contents(contents | digests(pairs))
 
 
 def frozen_vlm(args, processes, run, pairs, questions):
