@@ -23,6 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from common.files import InputError, short
+from data.pictures import read_image  # noqa: F401 (so that one import brings what a script needs)
 from common.weights import PROCESSORS, complete, find, one_line, read_model, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
