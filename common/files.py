@@ -1,10 +1,10 @@
 """
-What every script leans on: files are written whole, and errors are one line that a person can act on.
+What every script leans on: files are written whole, errors are one line that a person can act on.
 
-This folder holds no lesson. Who reads the code to learn the method may skip it: the lesson is in throttler.py,
-denoiser.py, train.py, model.py and infer.py.
+This folder holds no lesson. Who reads the code to learn the method may skip it: the lesson is in
+throttler.py, denoiser.py, train.py, model.py and infer.py.
 
-    write(Path("out/log.jsonl"), rounded([{"step": 0, "loss": 2.34567891}]))     # {"step": 0, "loss": 2.3457}
+    write(Path("out/log.jsonl"), rounded([{"loss": 2.34567891}]))      # {"loss": 2.3457}
 """
 import json
 import os
@@ -24,22 +24,62 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and the cure in one line."""
 
 
+# --- errors ---------------------------------------------------------------------------------------
+
 def cli(main):
-    """Run a script's main(); an InputError ends it with one line on stderr and exit code 2."""
+    """Run a script's main(). What a user can mend ends it with one line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not end a long run
+        # a terminal without UTF-8 must not end a long run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         print(end="", flush=True)
-    except (InputError, torch.OutOfMemoryError) as e:
-        cure = "" if isinstance(e, InputError) else "; take fewer images at a time, or --checkpointing in training"
-        print("error:", short(e, 500) + cure, file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader went away, as in `python infer.py … | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        forget_output()
         sys.exit(141)
+    except Exception as e:
+        cure = cure_for(e)
+        if cure is None:
+            raise
+        *_, reason = str(e).strip().splitlines() or [type(e).__name__]  # a worker's has a traceback
+        with suppress(OSError):
+            print("error:", short(reason, 500) + cure, file=sys.stderr)
+            print(end="", flush=True)
+        forget_output()
+        sys.exit(2)
+
+
+def forget_output():
+    """When Python ends it writes what is left; where it cannot, it would complain once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def cure_for(e):
+    """What helps against an error that is no mistake in this code; None if it is one."""
+    text = f"{type(e).__name__}: {e}"
+    if isinstance(e, InputError):
+        return ""
+    if out_of_memory(e):
+        return "; take fewer images at a time (--batch, in training --at-once or --checkpointing)"
+    if "DataLoader" in text:
+        return ("; it read pictures: perhaps memory is short, and --workers 0 needs the least. "
+                "A training continues with --resume")
+    lost = ("by peer", "gloo", "NCCL", "DistStoreError", "DistNetworkError")
+    if any(word in text for word in lost):
+        return ("; torchrun's processes have lost each other: if one has an error of its own, mend "
+                "that. A training continues with --resume")
+    if isinstance(e, OSError):
+        return "; check that place (or the standard output), its permissions and the room there"
+    return None
+
+
+def out_of_memory(e):
+    """Whether an error means that memory ran out. On a CPU torch has no class for that."""
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(e) or "not enough memory" in str(e)  # the latter on Windows
 
 
 def short(reason, length=160):
@@ -48,18 +88,80 @@ def short(reason, length=160):
     return text if len(text) <= length else text[:length] + " …"
 
 
-def write(path, content, note=None):
-    """Write tensors, JSON, a picture or else lines of JSON, by the name's ending. After a crash the old file or the new
-    one is there. Links are followed. note: a safetensors file's metadata, or options of a picture."""
-    place, kind = Path(os.path.realpath(path)), Path(path).suffix.lower()
-    temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # unique: two runs may write the same file
+# --- files ----------------------------------------------------------------------------------------
+
+def read_text(path, needed):
+    """The text of a file in UTF-8; `needed` says in an InputError what it should be."""
     try:
-        if place.exists() and not place.is_file():
-            raise OSError("it is no ordinary file")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); check its name and its "
+                         "permissions") from None
+    except ValueError as e:
+        raise InputError(f"{path}: is no text in UTF-8 ({short(e)}); give {needed}") from None
+
+
+def obstacle(path):
+    """Why no file can be written at `path`, or None."""
+    place = os.path.realpath(path)
+    folder, name = os.path.split(place)
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"no file may be made in {folder}"
+    if len(os.fsencode(name)) > 255:
+        return "its name is too long"
+    if os.path.exists(place):
+        if not os.path.isfile(place):
+            return "it is no ordinary file"
+        if not os.access(place, os.W_OK):
+            return "it is write-protected"
+    return None
+
+
+def check_place(flag, path, source, endings):
+    """InputError, before any work, unless `path` can be written and is not what is read."""
+    if path.suffix not in endings:
+        raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
+    reason = obstacle(path)
+    if reason:
+        raise InputError(f"{flag} {path}: cannot be written ({reason}); give another place")
+    with suppress(OSError):  # where one of them is not there
+        if os.path.samefile(path, source):  # a link to it, too
+            raise InputError(f"{flag} {path}: is the file that is read; give another name")
+
+
+def lock(file, where):
+    """Keep other runs from writing this open file until it is closed. InputError if one does."""
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{where}: another run is writing there; wait, or give another "
+                         "name") from None
+    except (ImportError, OSError):  # some file systems know no locks: then nobody can tell
+        pass
+
+
+def write(path, content, note=None):
+    """Write tensors, JSON, a picture or else lines of JSON, by the name's ending.
+
+    After a crash the old file or the new one is there. Links are followed. note: a safetensors
+    file's metadata, or options of a picture.
+    """
+    place = Path(os.path.realpath(path))
+    kind = Path(path).suffix.lower()
+    temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may write the same file
+    try:
+        reason = obstacle(path)
+        if reason:
+            raise OSError(reason)
         if kind == ".safetensors":
-            save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, temporary, note)
+            tensors = {name: t.detach().cpu().contiguous() for name, t in content.items()}
+            save_file(tensors, temporary, note)
         elif kind in (".png", ".jpg", ".gif"):
-            content.save(temporary, {".png": "PNG", ".jpg": "JPEG"}.get(kind, "GIF"), quality=92, **(note or {}))
+            picture_format = kind[1:].replace("jpg", "jpeg")
+            content.save(temporary, picture_format, quality=92, **(note or {}))
         elif kind == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         else:
@@ -68,20 +170,25 @@ def write(path, content, note=None):
             os.fsync(file.fileno())
         temporary.replace(place)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({short(e)}); make room there or give another place") from None
+        raise InputError(f"{path}: cannot be written ({short(e)}); make room there or give another "
+                         "place") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def rounded(value):
-    """The same value with every float in it at five digits, for JSON that is read by people too; None for NaN."""
-    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"), parse_constant={}.get)
+    """The same value with every float in it at five digits, for JSON that is read by people too;
+    None for NaN."""
+    def five_digits(text):
+        return float(f"{float(text):.5g}")
+    return json.loads(json.dumps(value), parse_float=five_digits, parse_constant={}.get)
 
 
 def portable(path):
-    """A path as it is written down: relative to this repository if inside it, else absolute; a hub name as it is."""
-    full = (Path(path) if Path(path).exists() else ROOT / path).resolve()
-    if not full.exists():
+    """A path as it is written down: relative to this repository if inside it, else absolute; a hub
+    name as it is."""
+    full = Path(path if os.path.exists(path) else ROOT / path).resolve()
+    if not os.path.exists(full):
         return str(path)
     return str(full.relative_to(ROOT) if full.is_relative_to(ROOT) else full)

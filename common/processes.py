@@ -6,42 +6,55 @@ The processes of a training: one, or those that torchrun started.
 """
 import atexit
 import os
+import subprocess
 import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from common.files import InputError
+from common.files import InputError, short
 
 
 class Processes:
-    """One process, or those of torchrun: each takes its part of every batch, the first one writes and speaks."""
+    """One process, or those of torchrun: each takes its part of every batch, the first one writes
+    and speaks."""
 
     def __init__(self, device):
         try:
-            self.rank, self.world, local = (int(os.environ.get(name) or default) for name, default in
-                                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            self.rank = int(os.environ.get("RANK") or 0)
+            self.world = int(os.environ.get("WORLD_SIZE") or 1)
+            local = int(os.environ.get("LOCAL_RANK") or 0)
         except ValueError:
             self.rank, self.world = 0, 0
-        if not 0 <= self.rank < self.world or self.world > 1 and "MASTER_ADDR" not in os.environ:
-            raise InputError("RANK and WORLD_SIZE in the environment name no group of processes; start with torchrun, "
-                             "or unset them")
+        alone = self.world > 1 and "MASTER_ADDR" not in os.environ
+        if alone or not 0 <= self.rank < self.world:
+            raise InputError("RANK and WORLD_SIZE in the environment name no group of processes; "
+                             "start with torchrun, or unset them")
         self.first, self.device = self.rank == 0, device
         if self.world > 1:
-            gpu = device.startswith("cuda")
-            if gpu:
-                self.device = f"cuda:{local}"
+            self.join(local)
+
+    def join(self, local):
+        """Meet the other processes; number `local` of this machine takes the GPU of that number."""
+        backend = "gloo"
+        try:
+            if self.device.startswith("cuda"):
+                backend, self.device = "nccl", f"cuda:{local}"
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if gpu else "gloo")
-            atexit.register(dist.destroy_process_group)
+            dist.init_process_group(backend)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(f"torchrun's processes do not meet ({short(e)}); start all of them, "
+                             "on each machine at most as many as it has GPUs") from None
+        atexit.register(dist.destroy_process_group)
 
     def share(self, samples, even=False):
-        """This process's part of a range of sample numbers; `even` repeats one, so that all have as many."""
+        """This process's part of a range of sample numbers; `even` repeats one, so that all have as
+        many."""
         mine = samples[self.rank::self.world]
-        return [*mine, samples[0]] if even and len(mine) * self.world < len(samples) else mine
+        if even and len(mine) * self.world < len(samples):
+            return [*mine, samples[0]]
+        return mine
 
     def sum(self, *tensors):
         """Each tensor becomes its sum over the processes."""
@@ -60,17 +73,23 @@ class Processes:
         self.wait()
 
     def wait(self):
-        """Until all are here. No sum, which gloo frees in a thread: that would abort a process that ends just then."""
+        """Until all are here. No sum, which gloo frees in a thread: that would abort a process that
+        ends just then."""
         if self.world > 1:
             dist.barrier()
 
     def shard(self, vlm):
-        """Split the weights of each frozen decoder layer over the processes (FSDP2): a model larger than a card fits.
+        """Split the weights of each frozen decoder layer over the processes (FSDP2): a model larger
+        than a card fits.
 
-        A layer is gathered while it runs, so every process must run the same number of forward passes.
+        A layer is gathered while it runs, so every process must run the same number of forward
+        passes.
         """
         if self.world == 1:
-            raise InputError("--shard splits a model over several processes; start with torchrun --nproc_per_node N")
+            raise InputError("--shard splits a model over several processes; start with torchrun "
+                             "--nproc_per_node N")
+        from torch.distributed.device_mesh import init_device_mesh  # not in every build of torch
+        from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(self.device.partition(":")[0], (self.world,))
         for layer in vlm.model.model.language_model.layers:
             fully_shard(layer, mesh=mesh)  # moves it to the device, too
@@ -81,28 +100,54 @@ class Processes:
             tqdm.write(text, file=sys.stderr)
 
     def plan(self, vlm, learned, args):
-        """(images at a time, parts of a step) for this process's share of a batch; says in plain words which."""
+        """(images at a time, parts of a step) for this process's share of a batch; says in plain
+        words which."""
         batch, recompute = args.batch, args.checkpointing
         if batch < self.world:
             raise InputError(f"--batch {batch}: is fewer than the {self.world} processes; raise it")
         if args.shard and batch % self.world:
-            raise InputError(f"--batch {batch}: --shard needs a multiple of the {self.world} processes")
+            raise InputError(f"--batch {batch}: --shard needs a multiple of the {self.world} "
+                             "processes")
         share = len(self.share(range(batch)))
-        if self.device.startswith("cuda"):
-            free, total = torch.cuda.mem_get_info(self.device)
-        else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free, source = self.free_memory()
         fit = args.at_once or vlm.images_that_fit(learned, free, recompute)
         if not fit:
-            raise InputError("not one image fits beside this model; try --checkpointing, or --dtype bfloat16")
+            raise InputError(f"not one image fits beside this model in {free / 1e9:.1f} GB "
+                             f"({source}); try --checkpointing, or --dtype bfloat16")
         fit = min(share, fit)
         if self.world > 1:  # the process with the least room decides for all
             least = torch.tensor(fit, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
             fit = least.item()
-        planned = vlm.memory(learned, fit, recompute)
+        planned = sum(vlm.memory(learned, fit, recompute).values())
         parts = -(-share // fit)
-        self.say(f"{learned:,} parameters learn; {fit} images at a time, {parts} times a step: about "
-                 f"{sum(planned.values()) / 1e9:.1f} of {total / 1e9:.0f} GB")
+        self.say(f"{learned:,} parameters learn; {fit} images at a time, {parts} times a step: "
+                 f"about {planned / 1e9:.1f} GB with the model, {free / 1e9:.1f} GB are free "
+                 f"({source})")
         return fit, parts
+
+    def free_memory(self):
+        """(bytes that this process can have now, who says so)."""
+        if self.device.startswith("cuda"):
+            return torch.cuda.mem_get_info(self.device)[0], "as CUDA says"
+        free, source = system_memory()
+        return free / self.world, source
+
+
+def system_memory():
+    """(bytes that programs can get without swapping, who says so)."""
+    try:
+        with open("/proc/meminfo") as lines:  # Linux: of the machine, not of a container
+            sizes = dict(line.split(":") for line in lines)
+        return 1024 * int(sizes["MemAvailable"].split()[0]), "as Linux says"
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        report = subprocess.run(["vm_stat"], capture_output=True, text=True).stdout
+        title, *rows = report.splitlines()  # … (page size of 16384 bytes)
+        pages = dict(row.split(":") for row in rows if ":" in row)
+        kinds = ("free", "inactive", "speculative")
+        free = sum(int(pages[f"Pages {kind}"].strip(" .")) for kind in kinds)
+        return free * int(title.split()[-2]), "as macOS says"
+    except (OSError, KeyError, ValueError, IndexError):
+        return 4e9, "a guess: this system does not say; --at-once gives the number itself"
