@@ -1,9 +1,9 @@
 """
 Pictures: bring any of them into one form, and draw what a pruner keeps.
 
-    image = read_image("img.jpg")                                   # upright RGB, as a person sees it
-    frame(image, vlm.boxes(inputs), alpha)                          # each patch as bright as its alpha
-    sheet(image, boxes, scores, keep, X, question, answers)         # what infer.py --show writes
+    image = read_image("img.jpg")                            # upright RGB, as a person sees it
+    frame(image, vlm.boxes(inputs), alpha)                   # each patch as bright as its alpha
+    sheet(image, boxes, scores, keep, X, question, answers)  # what infer.py --show writes
 """
 import io
 import math
@@ -13,122 +13,233 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common.files import InputError, short
+from common.files import InputError, out_of_memory, short
 
-RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]  # an EPS would start Ghostscript
+# an EPS would start Ghostscript
+RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]
+PIXELS = 89_478_485  # pillow's own limit: three bytes of each are 256 MB
+FILE = 2 ** 30  # bytes; /dev/zero has more
 TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> pillow's Transpose
 RED, BLUE = (220, 30, 30), (40, 70, 220)
 HEAT = [(20, 10, 60), (210, 60, 80), (250, 240, 160)]  # cosine similarity 0, ½, 1
 
+# nobody reads the comments of a PNG; pillow gives up the picture when one has a megabyte
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+# --- read -----------------------------------------------------------------------------------------
 
 def read_image(source, processor=None):
-    """A picture from a path, bytes or a stream, as upright RGB on white. InputError if it cannot be read, if it is too
-    large or too thin, or if a VLM's image processor, where given, refuses it."""
-    name = source if isinstance(source, (str, Path)) else "the picture"
+    """A picture from a path or a stream, as upright RGB on white. InputError, with the cure, if it
+    cannot be read, or if a VLM's image processor, where given, refuses it."""
+    name, content = "the picture", b""
+    cure = "get it once more, or save it anew as JPEG or PNG"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=RASTER) as image:
-                if max(image.size) > 200 * min(image.size):  # a processor that scales its short side fills the memory
-                    raise ValueError(f"{image.width} x {image.height} pixels, thinner than 1:200")
-                image = upright(image)
-            if processor:
-                processor(images=image)
+        if isinstance(source, (str, Path)):
+            name = source
+            source = open(name, "rb")
+        with source:
+            content = source.read(FILE)
+        image = decode(content)
+        if processor:
+            processor(images=image)
         return image
+    except InputError as e:
+        reason, cure = e.args
     except Exception as e:  # a decoder may fail in any way
-        raise InputError(f"{name}: cannot be read as an image ({short(e)}); give another, as JPEG or PNG") from None
+        if out_of_memory(e):
+            raise
+        reason = short(e)
+        if content.startswith(b"version https://git-lfs"):
+            reason, cure = "it is a Git LFS pointer", "run git lfs pull"
+        elif isinstance(e, UnidentifiedImageError):
+            reason = f"it is none of {', '.join(RASTER)}, or damaged"
+        elif getattr(e, "errno", None):
+            reason, cure = e.strerror, "check its name and its permissions"
+    raise InputError(f"{name}: cannot be read as an image ({reason}); {cure}")
+
+
+def decode(content):
+    """A file's bytes as upright RGB. InputError(reason, cure) for a size that is not for models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a size within twice PIXELS, too: checked below
+        with open_unlimited(content) as image:
+            image.verify()  # a PNG's checksums, which pillow does not look at when it decodes
+        with open_unlimited(content) as image:
+            width, height = image.size
+            if max(width, height) > 200 * min(width, height):
+                # a processor that scales its short side would fill the memory
+                raise InputError(f"{width} x {height} pixels", "crop it: at most 1:200 will do")
+            fraction = 1
+            while width * height > fraction ** 2 * PIXELS:
+                fraction *= 2
+            if fraction > 1:  # a JPEG is decoded at a half, a quarter, an eighth
+                image.draft(image.mode, (width // fraction, height // fraction))
+            if image.width * image.height > PIXELS:
+                raise InputError(f"{width} x {height} pixels", "make it smaller than 89 megapixels")
+            return upright(image)
+
+
+def open_unlimited(content):
+    """Image.open() without the limit of pixels, which is for what is decoded, and checked there."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(io.BytesIO(content), formats=RASTER)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def upright(image):
-    """An open picture as RGB: turned as its EXIF says, grey of any depth scaled to 0 … 255, transparency on white."""
+    """An open picture as RGB: turned as its EXIF says, grey of any depth scaled to 0 … 255,
+    transparency on white."""
+    transparent_as_scaled(image)
     try:
         turn = TURN.get(image.getexif().get(0x0112))
     except Exception:  # broken metadata of an intact picture
         turn = None
     if image.mode[0] in "IF":  # 12, 16 or 32 bits, or floats, which convert() would cut off at 255
-        whites = [65535] if image.format in ("PNG", "PPM") else [1, 255, 4095, 65535]
-        image = image.convert("F")
-        dark, bright = image.getextrema()
-        if not math.isfinite(bright - dark):
-            raise ValueError("its samples are no numbers")
-        black, white = min(dark, 0), min([value for value in whites if value >= bright], default=bright)
-        scale = 255 / (white - black)
-        samples = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
-        clear = samples == image.info.pop("transparency", math.nan)  # one grey may stand for transparent
-        image = image.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")  # rounded
-        image.paste(255, mask=Image.frombytes("L", image.size, (255 * clear).byte().numpy().tobytes()))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = grey_in_8_bits(image)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getchannel("A").getextrema() != (0, 0):  # else the channel holds nothing
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 
+def transparent_as_scaled(image):
+    """A PNG may name one colour that stands for transparent. Pillow scales samples of 2, 4 and 16
+    bits to 8, and leaves that colour as it is."""
+    clear = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile or clear is None:
+        return
+    samples = image.tile[0][3]  # pillow's name of the samples in the file, until it reads them
+    if samples in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[samples]
+    if samples == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def grey_in_8_bits(image):
+    """Grey of more than 8 bits, from black to the white of its kind, scaled to 0 … 255."""
+    whites = [1, 255, 4095, 65535]
+    if image.format in ("PNG", "PPM"):
+        whites = [65535]
+    image = image.convert("F")
+    dark, bright = image.getextrema()
+    if not math.isfinite(bright - dark):
+        raise ValueError("its samples are no numbers")
+    black = min(dark, 0)
+    white = min((value for value in whites if value >= bright), default=bright)
+    scale = 255 / (white - black)
+    clear = image.info.pop("transparency", None)
+    grey = image.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")  # rounded
+    if clear is not None:
+        samples = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
+        where = (255 * (samples == clear)).byte().numpy().tobytes()
+        grey.paste(255, mask=Image.frombytes("L", image.size, where))
+    return grey
+
+
+# --- draw -----------------------------------------------------------------------------------------
+
 def mask(size, boxes, values):
-    """A grey picture of that size: `values` (N,) in 0 … 255 in the boxes (N, 4). Where boxes overlap, the largest."""
+    """A grey picture of that size: `values` (N,) in 0 … 255 in the boxes (N, 4). Where boxes
+    overlap, the largest."""
     picture = Image.new("L", size)
     pen = ImageDraw.Draw(picture)
+    pixels = (boxes * torch.tensor(size).repeat(2)).round().int().tolist()
     for i in values.argsort().tolist():
-        x0, y0, x1, y1 = (boxes[i] * torch.tensor(size).repeat(2)).round().int().tolist()
+        x0, y0, x1, y1 = pixels[i]
         if x1 > x0 and y1 > y0:  # a class token has no place
             pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=int(values[i]))
     return picture
 
 
 def frame(image, boxes, alpha):
-    """The picture with each patch as bright as its alpha (N,): clear at 1, nearly white at 0. boxes (N, 4): 0 … 1."""
-    pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.8)
+    """The picture with each patch as bright as its alpha (N,): clear at 1, nearly white at 0.
+    boxes (N, 4): 0 … 1."""
+    white = Image.new("RGB", image.size, "white")
+    pale = Image.blend(image, white, 0.8)
     return Image.composite(image, pale, mask(image.size, boxes, 255 * alpha))
 
 
 def seen_by_model(vlm, inputs, image):
-    """The first picture of `inputs` as vlm.boxes() counts: cropped where the model crops, else the whole image."""
+    """The first picture of `inputs` as vlm.boxes() counts: cropped where the model crops, else the
+    whole image."""
     if vlm.tokens is None:
         return image
     processor = vlm.processor.image_processor
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    pixels = ((inputs["pixel_values"][0].float().cpu() * std + mean).clamp(0, 1) * 255).round().byte()  # (3, H, W)
-    return Image.frombytes("RGB", pixels.shape[:0:-1], pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
+    mean = torch.tensor(processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    pixels = inputs["pixel_values"][0].float().cpu() * std + mean  # (3, H, W)
+    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
+    H, W, _ = pixels.shape
+    return Image.frombytes("RGB", (W, H), pixels.contiguous().numpy().tobytes())
+
+
+def chosen(N, tokens, value=1):
+    """(N,): `value` for these tokens, else 0."""
+    return torch.zeros(N).index_fill(0, tokens, value)
+
+
+def likeness(X, side):
+    """A picture of the cosine similarities of the tokens X (M, d), side x side pixels."""
+    x = F.normalize(X.float(), dim=-1)
+    cosine = ((x @ x.T).clamp(0, 1) * 255).byte().contiguous()  # (M, M)
+    grey = Image.frombytes("L", cosine.shape, cosine.numpy().tobytes())
+    grey = grey.resize((side, side), Image.Resampling.NEAREST)
+    return ImageOps.colorize(grey, HEAT[0], HEAT[2], HEAT[1])
 
 
 def sheet(image, boxes, scores, keep, X, question, answers, side=400):
-    """What was kept, on one sheet: the patches; the highest and the lowest scores; cosine similarities of those tokens.
+    """What was kept, on one sheet: the patches; the highest and the lowest scores; cosine
+    similarities of those tokens, or of the kept ones where nothing scores (scores None).
 
-    image: as the model saw it. boxes (N, 4), scores (N,), keep (K,), X (N, d). answers: (by all tokens, by those kept).
+    image: as the model saw it. boxes (N, 4), scores (N,), keep (K,), X (N, d). answers: (by all
+    tokens, by those kept).
     """
-    N, K, order = len(scores), len(keep), scores.argsort(descending=True)
-    top, bottom = order[:K], order[K:][-K:]
+    N, K = len(boxes), len(keep)
     scale = side / max(image.size)
-    image = image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
-    kept = frame(image, boxes, torch.zeros(N).index_fill(0, keep, 1))
-    colored = image.copy()
-    for color, tokens in ((RED, top), (BLUE, bottom)):
-        colored.paste(color, (0, 0), mask(image.size, boxes, torch.zeros(N).index_fill(0, tokens, 150)))
-    x = F.normalize(X[torch.cat([top, bottom])].float(), dim=-1)
-    cosine = ((x @ x.T).clamp(0, 1) * 255).byte().contiguous()  # (2K, 2K), the highest scores first
-    cosine = Image.frombytes("L", cosine.shape, cosine.numpy().tobytes()).resize((side, side), Image.Resampling.NEAREST)
-    panels = [(kept, [(None, f"{K} tokens kept, {N - K} dropped (pale)")]),
-              (colored, [(RED, f"the {K} highest scores"), (BLUE, f"the {len(bottom)} lowest scores")]),
-              (ImageOps.colorize(cosine, HEAT[0], HEAT[2], HEAT[1]),
-               [(None, "cosine similarity of these:"), (HEAT[0], "0"), (HEAT[1], "0.5"), (HEAT[2], "1")])]
+    size = [max(1, round(scale * length)) for length in image.size]
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    legend = [(None, f"{K} tokens kept, {N - K} dropped (pale)")]
+    panels = [(frame(image, boxes, chosen(N, keep)), legend)]
+    compared = keep
+    if scores is not None:
+        order = scores.argsort(descending=True)
+        top, bottom = order[:K], order[K:][-K:]
+        compared = torch.cat([top, bottom])
+        colored = image.copy()
+        for color, tokens in ((RED, top), (BLUE, bottom)):
+            colored.paste(color, (0, 0), mask(image.size, boxes, chosen(N, tokens, 150)))
+        legend = [(RED, f"the {K} highest scores"), (BLUE, f"the {len(bottom)} lowest scores")]
+        panels.append((colored, legend))
+    legend = [(None, "their cosine similarity:"), *zip(HEAT, ("0", "0.5", "1"))]
+    panels.append((likeness(X[compared], side), legend))
+    words = [f"What is kept: {K} of {N} visual tokens", f"Question: {question}",
+             f"Answer by all tokens: {answers[0]}", f"Answer by the kept tokens: {answers[1]}"]
+    return lay_out(words, panels, side)
 
-    text = [f"What is kept: {K} of {N} visual tokens", f"Question: {question}", f"Answer by all tokens: {answers[0]}",
-            f"Answer by the kept tokens: {answers[1]}"]
-    lines = [line for words in text for line in textwrap.wrap(words, 130, max_lines=2, placeholder=" …")]
+
+def lay_out(words, panels, side):
+    """Paper with words, and under them panels, each a picture and its legend [(color, word), …]."""
+    lines = []
+    for text in words:
+        lines += textwrap.wrap(text, 43 * len(panels), max_lines=2, placeholder=" …")
     top = 20 + 22 * len(lines)
-    paper = Image.new("RGB", (3 * side + 40, top + side + 40), "white")
+    paper = Image.new("RGB", (len(panels) * (side + 10) + 10, top + side + 40), "white")
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(15)
     pen.multiline_text((10, 10), "\n".join(lines), fill="black", font=font, spacing=6)
     for i, (panel, legend) in enumerate(panels):
         x = 10 + i * (side + 10)
         paper.paste(panel, (x, top))
-        for color, words in legend:
+        for color, word in legend:
             if color:
                 pen.rectangle((x, top + side + 12, x + 14, top + side + 26), fill=color)
                 x += 20
-            pen.text((x, top + side + 10), words, fill="black", font=font)
-            x += 15 + pen.textlength(words, font=font)
+            pen.text((x, top + side + 10), word, fill="black", font=font)
+            x += 15 + pen.textlength(word, font=font)
     return paper
