@@ -3,74 +3,142 @@ COCO captions for training: read and check the file, and load its pictures in wo
 
     training, held_out = split(read_coco("captions_train2014.json", "train2014/"), seed=0)
     data = Captions(training, seed=0)
-    for samples, inputs, unreadable in load_batches(vlm, data, [[0, 1], [2, 3]], "Describe it.", 2, skipped=set()): …
+    for samples, inputs, n in load_batches(vlm, data, [[0, 1], [2, 3]], "Describe it.", 2, set()): …
 """
 import functools
+import hashlib
+import io
 import json
 import os
 import random
+import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.files import InputError, short
+from common.files import InputError, read_text, short
 from data.pictures import read_image
+
+WAIT = 600  # seconds for a batch; then a worker process hangs
 
 
 def picture_path(folders, name, where):
-    """The picture `name` in one of the folders, or what a link there leads to. InputError if there is none."""
+    """The path of the picture `name`: in the first of the folders that has it, else in the last.
+    InputError for a name that leads out of them; what links there lead to is the user's choice."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{where}: {short(repr(name), 60)} must be one file name, of a picture in {folders[0]}")
-    for folder in folders:
-        if os.path.isfile(folder / name):  # False, too, for what no file can be named
+        raise InputError(f"{where}: {short(repr(name), 60)} must be one file name, of a picture in "
+                         f"{folders[0]}")
+    for folder in folders[:-1]:
+        if os.path.isfile(folder / name):
             return folder / name
-    raise InputError(f"{where}: no file {short(name, 60)} in {folders[0]}; give its folder with --images")
+    return folders[-1] / name
+
+
+def check_present(pictures, folders, most=0):
+    """InputError if more than `most` of the pictures {path: where it is named} are absent."""
+    absent = [path for path in pictures if not os.path.isfile(path)]
+    if len(absent) <= most:
+        return
+    cure = "fetch them, or take out what names them"
+    if len(absent) == len(pictures):
+        cure = "give their folder with --images"
+    raise InputError(f"{pictures[absent[0]]}: no file {short(absent[0].name, 60)} in "
+                     f"{' or '.join(map(str, folders))}; {len(absent)} of {len(pictures)} pictures "
+                     f"are absent: {cure}")
 
 
 def read_coco(path, images=None):
-    """A COCO captions file as {image path: [captions]}. InputError names the field that is wrong, and the cure."""
-    path = Path(path)
+    """A COCO captions file as {image path: [captions]}. InputError names the field that is wrong,
+    and the cure. One picture in a hundred may be absent: Captions shows the next one instead."""
+    needed = "a COCO captions file, as captions_train2014.json"
+    text = read_text(path, needed)
     try:
-        coco = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: is not JSON in UTF-8 ({short(e)}); --data takes a COCO captions file") from None
+        coco = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: is not JSON ({short(e)}); --data takes {needed}") from None
     for field in ("images", "annotations"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(field), list) or not coco[field]:
-            raise InputError(f"{path}: has no list '{field}'; --data takes a COCO captions file, which has one")
-    names, captions, seen = {}, {}, set()
+        rows = coco.get(field) if isinstance(coco, dict) else None
+        if not isinstance(rows, list) or not rows:
+            raise InputError(f"{path}: has no list '{field}'; --data takes {needed}, which has one")
+        if not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{path}: {field}: must be a list of objects, as in {needed}")
+    if not any("caption" in row for row in coco["annotations"]):
+        raise InputError(f"{path}: its annotations have no caption; of COCO's files, --data takes "
+                         "the one with captions (captions_train2014.json)")
+
+    folder = Path(images or Path(path).parent)
     try:
-        for row in coco["images"]:
-            i, name = row.get("id"), row.get("file_name")
-            if i is None or i in names or not isinstance(name, str):
-                raise InputError(f"{path}: images: id {i}, file_name {name!r}: each needs a name, and an id of its own")
-            names[i] = name
-        for number, row in enumerate(coco["annotations"], 1):
-            i, image, caption = row.get("id"), row.get("image_id"), row.get("caption")
-            where = f"{path}: annotations: " + (f"entry {number}" if i is None else f"id {i}")
-            if i is not None and i in seen:
-                raise InputError(f"{where} twice; give each annotation its own")
-            if image not in names:
-                cure = "write both as numbers, or both as text" if str(image) in map(str, names) else "drop it"
-                raise InputError(f"{where}: image_id {image!r} is none of the images' ids; {cure}")
-            if not isinstance(caption, str) or not caption.strip():
-                raise InputError(f"{where}: caption must be text, and not empty; drop it")
-            captions.setdefault(names[image], []).append(caption.strip())
-            seen.add(i)
-    except (TypeError, AttributeError) as e:
-        raise InputError(f"{path}: images and annotations must be lists of objects ({short(e)})") from None
-    folders = [Path(images or path.parent)]
-    pairs = {picture_path(folders, name, f"{path}: images"): texts for name, texts in captions.items()}
+        pictures = pictures_by_id(path, coco["images"], folder)
+        pairs = captions_by_picture(path, pictures, coco["annotations"])
+    except TypeError as e:  # an id that is a list
+        raise InputError(f"{path}: ids must be numbers or text ({short(e)})") from None
     if len(pairs) < 2:
-        raise InputError(f"{path}: annotations name one image; at least two are needed, since some are held out")
+        raise InputError(f"{path}: annotations name one image; at least two are needed, since some "
+                         "are held out")
+    check_present(dict.fromkeys(pairs, f"{path}: images"), [folder], max(1, len(pairs) // 100))
     return pairs
 
 
+def pictures_by_id(path, images, folder):
+    """{id: path}; two ids may name one picture, as a.jpg and ./a.jpg."""
+    pictures = {}
+    for row in images:
+        number, name = row.get("id"), row.get("file_name")
+        if number is None or number in pictures or not isinstance(name, str):
+            raise InputError(f"{path}: images: id {short(number)}, file_name {short(repr(name))}: "
+                             "each needs a name, and an id of its own")
+        pictures[number] = picture_path([folder], name, f"{path}: images")
+    return pictures
+
+
+def captions_by_picture(path, pictures, annotations):
+    """{path: [captions]}."""
+    captions, seen = {}, set()
+    for entry, row in enumerate(annotations, 1):
+        number, image, caption = row.get("id"), row.get("image_id"), row.get("caption")
+        where = f"{path}: annotations: id {short(number)}"
+        if number is None:
+            where = f"{path}: annotations: entry {entry}"
+        elif number in seen:
+            raise InputError(f"{where} twice; give each annotation its own")
+        seen.add(number)
+        if image not in pictures:
+            cure = "drop it"
+            if str(image).lstrip("0") in {str(other).lstrip("0") for other in pictures}:
+                cure = "write both alike, as a number without quotes"
+            raise InputError(f"{where}: image_id {short(repr(image))} is none of the images' ids; "
+                             f"{cure}")
+        if not isinstance(caption, str) or not caption.strip():
+            raise InputError(f"{where}: caption must be text, and not empty; drop it")
+        captions.setdefault(pictures[image], []).append(caption.strip())
+    return captions
+
+
 def split(pairs, seed):
-    """(training, held_out): lists of (path, captions). A twentieth of the images, 200 at most, drawn at random."""
-    items, n = list(pairs.items()), min(200, max(1, len(pairs) // 20))
+    """(training, held_out): lists of (path, captions). A twentieth of the images, 200 at most, is
+    drawn at random."""
+    items = list(pairs.items())
+    n = min(200, max(1, len(items) // 20))
     order = torch.randperm(len(items), generator=generator(seed, "held out")).tolist()
     return [items[i] for i in sorted(order[n:])], [items[i] for i in sorted(order[:n])]
+
+
+def digests(pairs, most=1000):
+    """{path: digest} of the pictures, or of 1,000 that are evenly drawn: by size, and up to 64 kB
+    from the middle. What is absent has none."""
+    found = {}
+    for path, _ in pairs[::-(-len(pairs) // most)]:
+        try:
+            size = os.path.getsize(path)
+            with open(path, "rb") as file:
+                file.seek(max(0, size // 2 - 2 ** 15))
+                content = file.read(2 ** 16)
+        except OSError:
+            continue
+        found[os.path.abspath(path)] = hashlib.sha256(b"%d " % size + content).hexdigest()[:12]
+    return found
 
 
 def generator(*key, device="cpu"):
@@ -79,53 +147,88 @@ def generator(*key, device="cpu"):
 
 
 class Captions(Dataset):
-    """Sample g is a function of (seed, g) alone: (g, picture, caption, [paths that could not be read]).
+    """Sample g is a function of (seed, g) alone: (g, picture, caption, [paths that could not be
+    read]).
 
-    Every epoch has all images in a new order, each with one of its captions at random. Without a seed they stay in
-    order, with their first caption. In place of a picture that cannot be read stands the next one.
+    Every epoch has all images in a new order, each with one of its captions at random. Without a
+    seed they stay in order, with their first caption. In place of a picture that cannot be read
+    stands the next one.
     """
 
     def __init__(self, pairs, seed=None):
         self.pairs, self.seed = pairs, seed  # a list of (path, captions)
-        self.order = functools.lru_cache(2)(
-            lambda epoch: torch.randperm(len(pairs), generator=generator(seed, "epoch", epoch)).tolist())
+        self.order = functools.lru_cache(2)(self.draw_order)
+
+    def draw_order(self, epoch):
+        source = generator(self.seed, "epoch", epoch)
+        return torch.randperm(len(self.pairs), generator=source).tolist()
 
     def __getitem__(self, g, processor=None):
-        n, at, u, unreadable = len(self.pairs), g, 0.0, []
+        n, first, u = len(self.pairs), g, 0.0
         if self.seed is not None:
-            at, u = self.order(g // n)[g % n], random.Random(f"{self.seed} caption {g}").random()
-        for i in range(at, at + min(100, n)):
+            first = self.order(g // n)[g % n]
+            u = random.Random(f"{self.seed} caption {g}").random()
+        unreadable = []
+        for i in range(first, first + min(100, n)):
             path, captions = self.pairs[i % n]
             try:
-                return g, read_image(path, processor), captions[int(u * len(captions))], unreadable
+                picture = read_image(path, processor)
+                return g, picture, captions[int(u * len(captions))], unreadable
             except InputError:
                 unreadable.append(str(path))
-        raise InputError(f"{path}: cannot be read as an image, nor can those before it; check --images")
+        raise InputError(f"{path}: cannot be read as an image, nor can those before it; check "
+                         "--images")
 
 
 def load_batches(vlm, data, batches, prompt, workers, skipped):
-    """For each list of sample numbers: (the list, the VLM's inputs, how many pictures could not be read).
+    """For each list of sample numbers: (the list, the VLM's inputs, how many pictures could not be
+    read).
 
     Worker processes decode, resize and tokenise. `skipped`, a set, gathers the unreadable paths."""
-    def collate(samples, again=False):
-        g, pictures, captions, unreadable = zip(*samples)
-        try:
-            inputs = vlm.inputs(list(pictures), [prompt] * len(g), list(captions))
-        except InputError:  # perhaps the processor refuses a picture: then it counts as unreadable
-            if again:
-                raise
-            return collate([data.__getitem__(i, vlm.processor.image_processor) for i in g], again=True)
-        return g, dict(inputs), sum(unreadable, [])
+    def inputs_of(samples):
+        numbers, pictures, captions, unreadable = zip(*samples)
+        inputs = vlm.inputs(list(pictures), [prompt] * len(numbers), list(captions))
+        return numbers, dict(inputs), sum(unreadable, [])
 
-    # fork: the workers share the model's memory (for its processor), and never touch the GPU
-    # a process group of their own: a Ctrl-C is for the main process, which finishes its step
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                        multiprocessing_context="fork" if workers else None,
-                        worker_init_fn=lambda worker: os.setpgid(0, 0))
+    def collate(samples):
+        try:
+            batch = inputs_of(samples)
+        except InputError:  # perhaps the processor refuses a picture: then it counts as unreadable
+            processor = vlm.processor.image_processor
+            batch = inputs_of([data.__getitem__(g, processor) for g, *_ in samples])
+        if not workers:
+            return batch
+        # as bytes, through a pipe: torch would put tensors into /dev/shm, which is small in a
+        # container, and a worker that finds it full dies without a word
+        packed = io.BytesIO()
+        torch.save(batch, packed)
+        return packed.getvalue()
+
+    if sys.platform != "linux":  # forked processes are safe there alone
+        workers = 0
+    options = {}
     try:
-        for g, inputs, unreadable in loader:
+        if workers:
+            # they share the model's memory (for its processor), and never touch the GPU
+            context = get_context("fork")
+            # a process group of their own: a Ctrl-C is for the main process, which ends its step
+            options = dict(num_workers=workers, multiprocessing_context=context, timeout=WAIT,
+                           worker_init_fn=lambda worker: os.setpgid(0, 0))
+            # as many as a DataLoader needs: one that finds no room for them ends untidily
+            semaphores = [context.Semaphore() for _ in range(8 + 3 * workers)]
+            del semaphores
+        for batch in DataLoader(data, batch_sampler=batches, collate_fn=collate, **options):
+            if workers:
+                batch = torch.load(io.BytesIO(batch), weights_only=True)
+            numbers, inputs, unreadable = batch
             skipped.update(unreadable)
-            moved = {name: t.to(vlm.model.device) if torch.is_tensor(t) else t for name, t in inputs.items()}
-            yield g, moved, len(unreadable)
+            for name, value in inputs.items():
+                if torch.is_tensor(value):
+                    inputs[name] = value.to(vlm.model.device)
+            yield numbers, inputs, len(unreadable)
     except InputError as e:  # a worker's comes with its traceback
         raise InputError(str(e).rpartition("InputError: ")[2]) from None
+    except OSError as e:
+        raise InputError(f"--workers {workers}: these processes cannot start ({short(e)}; is "
+                         "/dev/shm full?); give --workers 0, or the container a larger --shm-size"
+                         ) from None
