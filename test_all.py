@@ -21,6 +21,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +45,7 @@ import infer
 import throttler
 import train
 from data import coco as coco_files
-from common import criteria, files, pruner
+from common import criteria, files, processes, pruner
 from common import run as running
 from data import pictures, questions
 from common.budget import Budget, count_above, hardness_of, quantiles, threshold
@@ -581,8 +584,15 @@ def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
         complaint(f"^{other[0]}", tiny, "--steps", 1, "--resume", *other)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        complaint("another run writes there", tiny, "--overwrite")
+        complaint("another run is writing there", tiny, "--overwrite")
     assert in_a_process(full_disk) == 0 and {f.name: f.read_bytes() for f in out.iterdir()} == state
+    for name in ("log.jsonl", "watched.json"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / name).write_text("my own")
+        complaint(f"holds {name}.*--overwrite", tiny, "--out", tmp_path / "own")
+        assert (tmp_path / "own" / name).read_text() == "my own"
+        (tmp_path / "own" / name).unlink()
+    complaint("UTF-8|utf-8", tiny, "--out", tmp_path / os.fsdecode(b"caf\xe9"))
     captions_file(tmp_path, "annotations", {"caption": "Another."})
     assert in_a_process(lambda: complaint("^--data .* content", tiny, "--steps", 1, "--resume")) == 0
     monkeypatch.setattr(train, "fingerprint", lambda model: "of other weights")
@@ -700,6 +710,57 @@ def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path,
     assert pruner.load_pruner(out)[1]["choose"] == choose
     assert ranks == {distinct if choose == "distinct" else train.the_scores}
     assert all(a.equal(b) for a, b in zip(frozen.state_dict().values(), stock.state_dict().values()))
+
+
+@pytest.mark.parametrize("end, words", [
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker .* exited unexpectedly|killed by signal"),
+    (lambda: time.sleep(60), "DataLoader timed out"), (lambda: bytearray(10 ** 15), "MemoryError")])
+def test_whatever_befalls_a_worker_the_run_ends_with_one_line(end, words, tiny, monkeypatch, capfd):
+    def read(*source):
+        if torch.utils.data.get_worker_info():
+            end()
+        return read_image(*source)
+    monkeypatch.setattr(coco_files, "read_image", read)
+    monkeypatch.setattr(coco_files, "WAIT", 3)
+    with pytest.raises(SystemExit):
+        files.cli(lambda: tiny("--workers", 1))
+    *_, last = capfd.readouterr().err.strip().splitlines()
+    assert re.match(f"error: .*({words}).*; .*(--workers 0|fewer images)", last)
+
+
+def test_workers_need_no_shared_memory_for_pictures(tmp_path, vlm, monkeypatch):
+    """Torch would take 64 MB of /dev/shm in a container for its own; here it has none at all."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(coco_files, "WAIT", 20)
+    data = coco_files.Captions(list(coco_files.read_coco(captions_file(tmp_path), PICTURES).items()), seed=0)
+    batches = [[[0, 1], [2, 3, 4]]] * 2
+    one, other = (list(coco_files.load_batches(vlm, data, numbers, "Describe it.", workers, set()))
+                  for numbers, workers in zip(batches, (0, 1)))
+    for (numbers, inputs, _), (same, unpacked, _) in zip(one, other, strict=True):
+        assert tuple(numbers) == tuple(same) and inputs.keys() == unpacked.keys()
+        assert all(inputs[name].equal(unpacked[name]) for name in inputs)
+
+
+def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
+    """Of another size, or with other bytes; one that could not be read may be mended."""
+    images = shutil.copytree(PICTURES, tmp_path / "images")
+    argv = "--images", images, "--steps", 1
+    training, _ = coco_files.split(coco_files.read_coco(captions_file(tmp_path), images), 0)
+    path = training[2][0]
+    content = path.read_bytes()
+    path.write_bytes(content[:500])
+    tiny(*argv)
+    path.write_bytes(content)
+    tiny(*argv, "--resume")
+    other = training[0][0]
+    for bad in (EXAMPLES[-1].read_bytes() + b"longer", other.read_bytes()[:-9] + b"123456789"):
+        good = other.read_bytes()
+        other.write_bytes(bad)
+        refused = functools.partial(complaint, f"{other.name}: not the same content", tiny, *argv, "--resume")
+        assert in_a_process(refused) == 0
+        other.write_bytes(good)
 
 
 def test_every_import_goes_down():
@@ -907,6 +968,37 @@ def test_what_is_transparent_is_white(tmp_path):
     assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
 
 
+def png_chunk(kind, content, checksum=True):
+    crc = zlib.crc32(kind + content) if checksum else 0
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png(depth, color, row, *chunks, checksum=True):
+    """A PNG of two pixels, written out: of a depth and a colour type, with these chunks before its row."""
+    head, rows = struct.pack(">IIBBBBB", 2, 1, depth, color, 0, 0, 0), zlib.compress(row)
+    parts = png_chunk(b"IHDR", head), *chunks, png_chunk(b"IDAT", rows, checksum), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("depth, color, row, clear", [
+    (1, 0, b"\x40", b"\0\1"), (2, 0, b"\x10", b"\0\1"), (4, 0, b"\x07", b"\0\7"), (8, 0, b"\0\7", b"\0\7"),
+    (16, 0, b"\0\0\1\7", b"\1\7"), (8, 2, 3 * b"\0" + 3 * b"\7", 3 * b"\0\7"),
+    (16, 2, 6 * b"\0" + 3 * b"\7\1", 3 * b"\7\1")])
+def test_the_colour_that_stands_for_transparent_is_white_at_any_depth(depth, color, row, clear, tmp_path):
+    """The second of two pixels has it, beside a black one."""
+    (tmp_path / "clear.png").write_bytes(png(depth, color, b"\0" + row, png_chunk(b"tRNS", clear)))
+    assert read_image(tmp_path / "clear.png").tobytes() == 3 * b"\0" + 3 * b"\xff"
+
+
+@pytest.mark.parametrize("kind, head", [(b"zTXt", b"note\0\0"), (b"iTXt", b"note\0\1\0\0\0"), (b"iCCP", b"note\0\0")])
+def test_a_long_comment_and_an_alpha_channel_that_holds_nothing_hide_no_picture(kind, head, tmp_path):
+    comment = png_chunk(kind, head + zlib.compress(3_000_000 * b"x"))
+    (tmp_path / "note.png").write_bytes(png(8, 0, b"\0\0\7", comment))
+    assert read_image(tmp_path / "note.png").tobytes() == b"\0\0\0\7\7\7"
+    Image.new("RGBA", (4, 4), (200, 10, 20, 0)).save(tmp_path / "screen.tga")
+    assert read_image(tmp_path / "screen.tga").getcolors() == [(16, (200, 10, 20))]
+
+
 def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
     picture, exif = read_image(PICTURE).crop((0, 0, 96, 48)), Image.Exif()
     for orientation in range(1, 9):
@@ -920,12 +1012,28 @@ def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("truncated.jpg", PICTURE.read_bytes()[:1500], "truncated"), ("empty.jpg", b"", "cannot identify"),
-    ("eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
-    ("bomb.pbm", b"P4 10000 10000\n", "bomb"), ("thin.pbm", b"P4 30000 1\n" + 3750 * b"\0", "1:200")])
-def test_bad_images_are_named(name, content, words, tmp_path):
-    (tmp_path / name).write_bytes(content)
+    ("truncated.jpg", PICTURE.read_bytes()[:1500], "truncated.*once more"), ("empty.jpg", b"", "none of JPEG"),
+    ("eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG"),
+    ("big.pbm", b"P4 10000 10000\n", "smaller than 89 megapixels"), ("bomb.pbm", b"P4 99999 99999\n", "megapixels"),
+    ("thin.pbm", b"P4 30000 1\n" + 3750 * b"\0", "1:200"),
+    ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("gone.jpg", None, "No such file"),
+    ("sum.png", png(8, 0, b"\0\0\7", checksum=False), "checksum.*IDAT")])
+def test_bad_images_are_named_with_a_cure_that_fits(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     complaint(f"{name}: cannot be read as an image .*{words}", read_image, tmp_path / name)
+
+
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_fraction(tmp_path, monkeypatch):
+    """With a limit of 3,000 pixels in place of 89 million: 96 x 96 are three times as many."""
+    whole = read_image(PICTURE)
+    whole.save(tmp_path / "whole.png")
+    monkeypatch.setattr(pictures, "PIXELS", 3000)
+    half = read_image(PICTURE)
+    assert half.size == (48, 48) and Image.MAX_IMAGE_PIXELS == 89478485
+    expected = whole.resize((48, 48), Image.Resampling.BOX)
+    assert sum(abs(a - b) for a, b in zip(half.tobytes(), expected.tobytes())) / 48 / 48 / 3 < 4
+    complaint("96 x 96 pixels.*make it smaller", read_image, tmp_path / "whole.png")
 
 
 def test_frames_are_as_bright_as_alpha_and_sheets_show_the_highest_in_red_and_the_lowest_in_blue():
@@ -954,10 +1062,80 @@ def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
 
 def test_a_script_ends_with_one_line_and_its_code_on_any_terminal():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    for code, *ends in ("print('café')", 0, b"caf\\xe9\n", 0), ("raise files.InputError('é ' * 999)", 2, b"", 1):
+    for code, *ends in (("print('café')", 0, b"caf\\xe9\n", 0), ("raise files.InputError('é ' * 999)", 2, b"", 1),
+                        ("import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print(1)", 2, b"", 1)):
         program = f"from common import files\ndef main():\n    {code}\nfiles.cli(main)"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
         assert [done.returncode, done.stdout, done.stderr.count(b"\n")] == ends
+
+
+@pytest.mark.parametrize("error, cure", [
+    (lambda: torch.empty(10 ** 15), "fewer images at a time"), (lambda: bytearray(10 ** 15), "fewer images at a time"),
+    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "--workers 0"),
+    (RuntimeError("gloo: Connection closed by peer [::1]:9"), "lost each other.*--resume"),
+    (OSError(28, "No space left on device"), "No space left on device; check"), (RuntimeError("a mistake"), None)])
+def test_what_a_system_refuses_is_one_line_with_its_cure_and_a_mistake_is_not_hidden(error, cure, capsys, monkeypatch):
+    def main():
+        if callable(error):
+            error()
+        raise error
+    monkeypatch.setattr(files, "forget_output", lambda: None)
+    with pytest.raises(SystemExit if cure else RuntimeError) as e:
+        files.cli(main)
+    if cure:
+        assert e.value.code == 2 and re.fullmatch(f"error: .+{cure}.*\n", capsys.readouterr().err)
+
+
+def test_free_memory_is_what_each_system_says(tmp_path, monkeypatch):
+    free, source = processes.system_memory()
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    assert free == pytest.approx(1024 * available, rel=0.2) and "Linux" in source
+    monkeypatch.setattr(processes, "open", lambda *a: open(tmp_path / "gone"), raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert processes.system_memory() == (4e9, processes.system_memory()[1]) and "--at-once" in processes.system_memory()[1]
+    (tmp_path / "vm_stat").write_text("""#!/bin/sh
+echo 'Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               100.
+Pages active:                            5000.
+Pages inactive:                            20.
+Pages speculative:                          3.
+"Translation faults":                 123456.'""")
+    (tmp_path / "vm_stat").chmod(0o755)
+    assert processes.system_memory() == (123 * 16384, "as macOS says")
+
+
+def test_without_fcntl_nothing_is_locked_and_all_else_works(tmp_path, monkeypatch):
+    with open(tmp_path / "a", "w") as file, open(tmp_path / "a") as other:
+        files.lock(file, "a")
+        complaint("a: another run", files.lock, other, "a")
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        files.lock(other, "a")
+
+
+def test_who_may_not_read_or_write_is_told_so_before_any_work(tiny):
+    """As a user who is not root, in a folder where others may write nothing."""
+    folder = Path(tempfile.mkdtemp())
+    locked, dark = folder / "locked", folder / "dark.jsonl"
+    (folder / "old.jsonl").write_text("{}")
+    dark.write_text("{}")
+
+    def attempts():
+        if os.getuid() == 0:
+            os.setuid(65534)
+        place = folder / "new.jsonl"
+        complaint("no file may be made", files.check_place, "--answers", place, dark, (".jsonl",))
+        complaint("cannot be written", files.write, place, [])
+        complaint("cannot be written", questions.answer_file, folder / "old.jsonl", [], {"model": ""}, None)
+        complaint("--out .* cannot be written", running.Run, locked, {}, Processes("cpu"))
+        complaint("Permission denied", questions.read_questions, dark)
+        complaint("Permission denied", coco_files.read_coco, dark)
+        complaint("Permission denied.*permissions", read_image, dark)
+    dark.chmod(0)
+    folder.chmod(0o555)
+    assert in_a_process(attempts) == 0
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
 
 
 # --- question files, captions, pruners, infer.py ----------------------------------------------------------------------
@@ -991,16 +1169,21 @@ def test_question_files_of_all_forms_are_read(tmp_path):
     ([question(image="\ud83d.jpg")], "no file"), ([question(text=3)], "text must be a string"), (b"3", "has no"),
     ([question(label={"a": 1})], "label"), ([{"image": "00000.jpg", "text": "?"}], "has no question_id"),
     (json.dumps(question(text=500 * "x")).encode("utf-16"), "UTF-8"), (b'\n{"text": ' + 5000 * b"x", "line 2: cannot"),
+    ([question(label=1), question(label="0")], "line 1: label 1 .*yes or no"), ([question(label=math.nan)] * 2, "no label"),
+    ([question(), question(image="gone.jpg")], "line 2: no file gone.jpg .*1 of 2 .*fetch"),
     (b"[" * 200_000, "cannot be read"), (b'[{"image": null, "conversations": []}]', "scienceqa_img"), (b"\n", "no q"),
     ([question(label=True)], "label")])
 def test_what_is_wrong_in_a_question_file_is_named_in_a_short_line(content, words, tmp_path):
-    complaint(f"q.jsonl: .*{words}", read, tmp_path / "q.jsonl", content)
+    need = ("question_id", "image", "text") + ("label",) * (words == "no label")
+    complaint(f"q.jsonl: .*{words}", read, tmp_path / "q.jsonl", content, need)
 
 
 def test_what_is_right_and_popes_figures():
     """Counted by hand: 3 of 4 yes said yes, 2 of 6 no said yes. Only the first sentence counts, and capitals do."""
-    for answer, label in (("Green.", ["green", "lime"]), ("lime", ["green", "Lime."]), ("3", 3), (" red", "Red")):
+    for answer, label in (("Green.", ["green", "lime"]), ("lime", ["green", "Lime."]), ("3", 3), (" red", "Red"),
+                          ("B", "b"), ("(B)", "B"), ("B. red", "B"), ("b) red", ["A", "B"]), ("[B]", "B")):
         assert questions.is_right(answer, label, yes_no=False) and not questions.is_right("blue", label, yes_no=False)
+    assert not any(questions.is_right(answer, "A", yes_no=False) for answer in ("A red one", "apple", "Answer: A"))
     said = ["Yes", "yes.", "Yes, a cat. No dog.", "No", "no", "There is not", "No, none.", "No. Yes", "NO", "none", "?"]
     rows = [question(label=label, category="all") for label in 4 * ["yes"] + 6 * ["no"] + [None]]
     assert questions.score(rows, said) == {
@@ -1038,8 +1221,19 @@ def test_answers_replace_nothing_else_and_two_runs_do_not_mix(answer, tmp_path, 
     link.symlink_to("real.jsonl")
     answer(link)
     assert link.is_symlink() and real.read_text().count("\n") == 6
-    note.write_text("a note\n")
-    complaint("no answer file", answer, note)
+    whole = real.read_bytes()
+    first = whole.partition(b"\n")[0]
+    without = {name: value for name, value in json.loads(first).items() if name != "text"}
+    for content in (b"a note\n", b"a note", (tmp_path / "q.jsonl").read_bytes(), b"{", b'{"question_id": 0', b"[" * 200_000,
+                    json.dumps(question()).encode(), json.dumps(without).encode() + b"\n", first + b"\na note"):
+        note.write_bytes(content)
+        complaint("no answer file", answer, note)
+        assert note.read_bytes() == content
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "q.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to("q.jsonl")
+    for name in ("hard", "soft", "q"):
+        complaint("question file|file that is read|no answer file", answer, tmp_path / f"{name}.jsonl")
+    complaint("too long", answer, tmp_path / (300 * "n" + ".jsonl"))
     complaint(r"keep 16 \(now 20\)", answer, real, "--keep", 20)
     with open(real) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1051,7 +1245,7 @@ def test_answers_replace_nothing_else_and_two_runs_do_not_mix(answer, tmp_path, 
     answer(real, "--overwrite")
     files.write(tmp_path / "q.jsonl", [question(text="red " * 2000)])
     complaint("q.jsonl: line 1", answer, real, "--overwrite")
-    assert note.read_text() == "a note\n"
+    assert note.read_bytes() == content and real.read_bytes() != whole
 
 
 def test_links_are_followed_and_held_out_images_are_drawn_at_random(tmp_path):
@@ -1067,13 +1261,34 @@ def test_links_are_followed_and_held_out_images_are_drawn_at_random(tmp_path):
 
 @pytest.mark.parametrize("field, changes, words", [
     ("images", {"id": None}, "00001.jpg.*id of its own"), ("images", {"id": 0}, "00001.jpg.*id of its own"),
-    ("images", {"file_name": 300 * "n"}, "no file nnn"), ("images", {"file_name": "\ud83d.jpg"}, "no file"),
     ("images", {"file_name": "../a.jpg"}, "one file name"), ("images", {"file_name": str(PICTURE)}, "one file name"),
     ("annotations", {"id": 0}, "id 0 twice"), ("annotations", {"image_id": 99}, "id 1: image_id 99 .*drop it"),
-    ("annotations", {"image_id": "1"}, "id 1: .*as numbers"), ("annotations", {"caption": " "}, "id 1: caption"),
-    ("annotations", {"image_id": []}, "objects"), ("annotations", {"caption": None}, "id 1: caption")])
+    ("annotations", {"image_id": "0001"}, "id 1: .*'0001' .*both alike"), ("annotations", {"caption": " "}, "id 1: caption"),
+    ("annotations", {"image_id": []}, "numbers or text"), ("annotations", {"caption": None}, "id 1: caption")])
 def test_what_is_wrong_in_a_captions_file_is_named(field, changes, words, tmp_path):
     complaint(f"coco.json: .*{words}", coco_files.read_coco, captions_file(tmp_path, field, changes), PICTURES)
+
+
+@pytest.mark.parametrize("name", [300 * "n", "\ud83d.jpg", "gone.jpg"])
+def test_of_a_hundred_pictures_one_may_be_absent(name, tmp_path):
+    one = captions_file(tmp_path, "images", {"file_name": name})
+    assert [path.name for path in coco_files.read_coco(one, PICTURES)][1] == name
+    rows = json.loads(one.read_text(encoding="utf-8-sig"))
+    rows["images"][2]["file_name"] = "too.jpg"
+    one.write_text(json.dumps(rows))
+    complaint("2 of 6 pictures are absent: fetch", coco_files.read_coco, one, PICTURES)
+    complaint("6 of 6 .*--images", coco_files.read_coco, one, tmp_path)
+
+
+def test_two_names_of_a_picture_are_one_and_other_files_of_coco_are_told_apart(tmp_path):
+    path = captions_file(tmp_path, "images", {"file_name": "./00000.jpg"})
+    assert coco_files.read_coco(path, PICTURES)[PICTURE] == ["Caption.", "Caption red."]
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    for row in rows["annotations"]:
+        row["bbox"] = [row.pop("caption")]
+    path.write_text(json.dumps(rows))
+    complaint("no caption; .*captions_train2014.json", coco_files.read_coco, path, PICTURES)
+    complaint("gone.json: .*No such file", coco_files.read_coco, tmp_path / "gone.json")
 
 
 def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
