@@ -101,31 +101,31 @@ def read_text(path, needed):
         raise InputError(f"{path}: is no text in UTF-8 ({short(e)}); give {needed}") from None
 
 
-def obstacle(path):
-    """Why no file can be written at `path`, or None."""
+def check_writable(path):
+    """OSError, which says why, where no file can be written at `path`."""
     place = os.path.realpath(path)
     folder, name = os.path.split(place)
     if not os.path.isdir(folder):
-        return f"there is no folder {folder}"
+        raise OSError(f"there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        return f"no file may be made in {folder}"
+        raise OSError(f"no file may be made in {folder}")
     if len(os.fsencode(name)) > 255:
-        return "its name is too long"
+        raise OSError("its name is too long")
     if os.path.exists(place):
         if not os.path.isfile(place):
-            return "it is no ordinary file"
+            raise OSError("it is no ordinary file")
         if not os.access(place, os.W_OK):
-            return "it is write-protected"
-    return None
+            raise OSError("it is write-protected")
 
 
 def check_place(flag, path, source, endings):
     """InputError, before any work, unless `path` can be written and is not what is read."""
     if path.suffix not in endings:
         raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
-    reason = obstacle(path)
-    if reason:
-        raise InputError(f"{flag} {path}: cannot be written ({reason}); give another place")
+    try:
+        check_writable(path)
+    except OSError as e:
+        raise InputError(f"{flag} {path}: cannot be written ({e}); give another place") from None
     with suppress(OSError):  # where one of them is not there
         if os.path.samefile(path, source):  # a link to it, too
             raise InputError(f"{flag} {path}: is the file that is read; give another name")
@@ -153,9 +153,7 @@ def write(path, content, note=None):
     kind = Path(path).suffix.lower()
     temporary = place.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may write the same file
     try:
-        reason = obstacle(path)
-        if reason:
-            raise OSError(reason)
+        check_writable(path)
         if kind == ".safetensors":
             tensors = {name: t.detach().cpu().contiguous() for name, t in content.items()}
             save_file(tensors, temporary, note)

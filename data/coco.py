@@ -39,23 +39,24 @@ def picture_path(folders, name, where):
 def check_present(pictures, folders, most=0):
     """InputError if more than `most` of the pictures {path: where it is named} are absent."""
     absent = [path for path in pictures if not os.path.isfile(path)]
-    if len(absent) <= most:
+    if not absent:
         return
-    cure = "fetch them, or take out what names them"
-    if len(absent) == len(pictures):
-        cure = "give their folder with --images"
-    raise InputError(f"{pictures[absent[0]]}: no file {short(absent[0].name, 60)} in "
-                     f"{' or '.join(map(str, folders))}; {len(absent)} of {len(pictures)} pictures "
-                     f"are absent: {cure}")
+    message = (f"{pictures[absent[0]]}: no file {absent[0].name!r:.60} in "
+               f"{' or '.join(map(str, folders))}; {len(absent)} of {len(pictures)} are absent: ")
+    if len(absent) <= most:
+        print(f"{message}others stand for them", file=sys.stderr)
+    elif len(absent) < len(pictures):
+        raise InputError(f"{message}fetch them, or take out what names them")
+    else:
+        raise InputError(f"{message}give their folder with --images")
 
 
 def read_coco(path, images=None):
     """A COCO captions file as {image path: [captions]}. InputError names the field that is wrong,
     and the cure. One picture in a hundred may be absent: Captions shows the next one instead."""
     needed = "a COCO captions file, as captions_train2014.json"
-    text = read_text(path, needed)
     try:
-        coco = json.loads(text)
+        coco = json.loads(read_text(path, needed))
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: is not JSON ({short(e)}); --data takes {needed}") from None
     for field in ("images", "annotations"):

@@ -19,7 +19,8 @@ from common.files import InputError, out_of_memory, short
 
 # an EPS would start Ghostscript
 RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"]
-PIXELS = 89_478_485  # pillow's own limit: three bytes of each are 256 MB
+PIXELS = 89_478_485  # of a decoded picture at most: three bytes of each are 256 MB
+Image.MAX_IMAGE_PIXELS = None  # pillow counts before a JPEG is made smaller; decode() counts after
 FILE = 2 ** 30  # bytes; /dev/zero has more
 TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> pillow's Transpose
 RED, BLUE = (220, 30, 30), (40, 70, 220)
@@ -64,10 +65,10 @@ def read_image(source, processor=None):
 def decode(content):
     """A file's bytes as upright RGB. InputError(reason, cure) for a size that is not for models."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a size within twice PIXELS, too: checked below
-        with open_unlimited(content) as image:
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content), formats=RASTER) as image:
             image.verify()  # a PNG's checksums, which pillow does not look at when it decodes
-        with open_unlimited(content) as image:
+        with Image.open(io.BytesIO(content), formats=RASTER) as image:
             width, height = image.size
             if max(width, height) > 200 * min(width, height):
                 # a processor that scales its short side would fill the memory
@@ -82,15 +83,6 @@ def decode(content):
             return upright(image)
 
 
-def open_unlimited(content):
-    """Image.open() without the limit of pixels, which is for what is decoded, and checked there."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        return Image.open(io.BytesIO(content), formats=RASTER)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 def upright(image):
     """An open picture as RGB: turned as its EXIF says, grey of any depth scaled to 0 … 255,
     transparency on white."""
@@ -102,8 +94,10 @@ def upright(image):
     if image.mode[0] in "IF":  # 12, 16 or 32 bits, or floats, which convert() would cut off at 255
         image = grey_in_8_bits(image)
     if image.has_transparency_data:
+        named = "transparency" in image.info  # a colour, not a channel of the file
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):  # else the channel holds nothing
+        seen = named or image.getchannel("A").getbbox()
+        if seen or not image.convert("RGB").getbbox():  # else the channel was never filled
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)

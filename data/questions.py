@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.files import InputError, lock, obstacle, read_text, short, write
+from common.files import InputError, check_writable, lock, read_text, short, write
 from data.coco import check_present, picture_path
 
 NEEDED = "one JSON object a line, or a list of them"
@@ -92,9 +92,7 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     """
     lines = [answer_row(i, row, settings) for i, row in enumerate(rows)]
     try:
-        reason = obstacle(path)
-        if reason:
-            raise OSError(reason)
+        check_writable(path)
         with open(path, "a+b") as file:
             lock(file, f"--answers {path}")
             file.seek(0)
@@ -134,9 +132,8 @@ def read_answers(path, file, lines, settings):
     try:
         done = {row["answer_id"]: row for row in map(json.loads, whole)}
         others = [dict(row["metadata"]) for id, row in done.items() if id not in ids]
-        texts = [row["text"] for row in done.values()]
         ours = any(rest.startswith(start) or done and start.startswith(rest) for start in starts)
-        if not all(isinstance(text, str) for text in texts) or rest and not ours:
+        if rest and not ours or not all(isinstance(row["text"], str) for row in done.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite "
