@@ -1,427 +1,607 @@
 """
-The frozen VLM: load it, encode images, put all or only the kept visual tokens into the prompt, loss, generate.
+The frozen VLM: load it, encode images, put all or only the kept visual tokens into the prompt.
 
-    vlm = load("llava-hf/llava-1.5-7b-hf")             # or a folder in that format, as data/shapes/llava
+    vlm = load("llava-hf/llava-1.5-7b-hf")       # or a folder in that format, as data/shapes/llava
     inputs = vlm.inputs([image], ["What is this?"])
-    X = vlm.encode(inputs)                             # (B, N, d_v), before the projector
-    keep = select(scorer(X), K)                        # (B, K), ascending
+    X = vlm.encode(inputs)                       # (B, N, d_v)
+    keep = select(scorer(X), K)                  # (B, K), ascending
     print(vlm.generate(inputs, X, keep))
 
-Nothing is patched: the tokens are computed, chosen and gathered here, and the stock model gets `inputs_embeds`.
-A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the full sequence with
-the dropped tokens masked out in every layer, and keeping all tokens exactly equal to the stock model.
+One class serves every model of transformers that puts image features at places of its prompt.
+Nothing is known of a model, and nothing is patched: hear() calls the stock model, and a hook on its
+language model (LLM) listens to what that is told, then ends the call. So embeddings, positions and
+masks are the stock model's own. Pruning takes the rows of the dropped tokens out of all of them.
 
-Three backbones, one class each, chosen by config.json's model_type. They differ in how tokens leave the encoder and are
-projected, and in their places and positions in the prompt. Where pictures of a batch have different numbers of tokens,
-X is padded with zeros at the right and inputs["valid"] (B, N) says which tokens are real.
+A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the
+full sequence with the dropped tokens masked out in every layer, and keeping all tokens exactly equal
+to the stock model. load() checks both on the model at hand before anything is done with it.
+
+X are the tokens as they enter the LLM, behind the projector. For LLaVA-1.5 alone, they are taken
+before it, as in the papers. Where pictures of a batch have different numbers of tokens, X is padded
+with zeros at the right, and inputs["valid"] (B, N) says which tokens are real.
 """
+import inspect
+import random
+import sys
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from common.files import InputError, short
-from data.pictures import read_image  # noqa: F401 (so that one import brings what a script needs)
-from common.weights import PROCESSORS, complete, find, one_line, read_model, supported
+from common import architectures
+from common.files import InputError
+from common.weights import (complete, find, image_token, one_line, read_model, read_processor,
+                            supported, time_limit)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what a stock model may tell its LLM, by the shape of it
+ROWS = ("inputs_embeds", "per_layer_inputs")  # (B, L, …)
+PLACES = ("position_ids", "attention_mask", "token_type_ids", "moe_mm_token_type_ids", "visual_pos_masks",
+          "input_ids", "labels", "shown", "visual")  # (…, L); or an attention_mask (B, 1, L, L)
+DEEP = "deepstack_visual_embeds"  # for each of the first layers (visual tokens of all rows, D)
 
 
 def add_device_arguments(parser):
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run "
-                        "(default here: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type of the frozen VLM (default: bfloat16 on a GPU, "
-                        "float32 elsewhere)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to run (default here: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type of the frozen VLM (default: bfloat16 "
+                        "on a GPU, float32 elsewhere)")
 
 
 def number_type(args):
-    """The name of --dtype. Where it was left out it becomes bfloat16 on a GPU, and float32 elsewhere."""
+    """The name of --dtype. Where it was left out: bfloat16 on a GPU, float32 elsewhere."""
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args.dtype
 
 
 def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
-    """A frozen VLM from a folder (also relative to this repository) or a hub name, in transformers' own format.
+    """A frozen VLM from a folder (also relative to this repository) or a hub name.
 
-    `model` may also be a transformers model that is loaded already: it is frozen in place. processor: else its own.
-    'random:NAME' (see common/weights.py): the true architecture, random weights and no processor, for timing; on device
-    "meta" without weights, for counting. attention and device_map are those of from_pretrained().
-    InputError for whatever is wrong with the model: before anything else, it must answer a trial question.
+    `model` may also be a transformers model that is loaded already: it is frozen in place. processor:
+    else its own. 'random:NAME' (see common/architectures.py): the true architecture, random weights
+    and no processor, for timing; on device "meta" without weights, for counting. attention and
+    device_map are those of from_pretrained(). InputError for whatever is wrong with the model: before
+    anything else it must answer a trial question, and pass the self-check.
     """
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
         with one_line(name, "reading its processor, as load(model) has no processor=…"):
-            processor = processor or PROCESSORS[supported(model.config.model_type)](find(name), trust_remote_code=False)
+            kind = supported(model.config.model_type)
+            processor = processor or read_processor(find(name), kind)
     else:
         name = str(model)
         model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)
     with one_line(name, "a trial question about a grey picture"):
-        vlm = BACKBONES[supported(model.config.model_type)](model, processor, name)
+        tower = getattr(model.config, "vision_config", None)
+        papers = model.config.model_type == "llava" and tower.model_type in Llava.TOWERS
+        vlm = (Llava if papers else VLM)(model, processor, name)
         if processor:
             vlm.trial()
+            vlm.self_check()
+    if processor and not vlm.exact:
+        print(f"{name}: has recurrent layers, which no mask reaches: with all tokens it is the stock model, "
+              "pruned it reads a shorter sequence", file=sys.stderr)
     return vlm
 
 
 def at_places(values, places, skip=0):
-    """(B, L, …): in each row, the values (B, N, …) from `skip` on at the places (B, L) that are True, in order.
+    """(B, L, …): in each row, the values (B, N, …) from `skip` on at the places (B, L) that are True.
 
     Elsewhere stands a value without meaning. Unlike indexing with a mask, this waits for no device.
     """
     i = (places.cumsum(1) - 1 + skip).clamp(0, values.shape[1] - 1)  # (B, L)
-    return values.gather(1, i.view(*i.shape, *(1,) * (values.dim() - 2)).expand(*i.shape, *values.shape[2:]))
+    i = i.view(*i.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, i.expand(-1, -1, *values.shape[2:]))
+
+
+def take(value, name, order):
+    """Of what is told under that name, the places order (B, L'). A dict of masks: of each of them."""
+    if isinstance(value, dict):
+        return {kind: take(mask, name, order) for kind, mask in value.items()}
+    if not torch.is_tensor(value):
+        return value
+    B, short = order.shape
+    if name in ROWS:
+        i = order.view(B, short, *[1] * (value.dim() - 2))
+        return value.expand(B, *value.shape[1:]).gather(1, i.expand(-1, -1, *value.shape[2:]))
+    if value.dim() == 4:  # a mask (B, heads, L, L): rows, then columns
+        value = value.expand(B, -1, -1, -1)
+        heads, L = value.shape[1], value.shape[3]
+        value = value.gather(2, order[:, None, :, None].expand(B, heads, short, L))
+        return value.gather(3, order[:, None, None, :].expand(B, heads, short, short))
+    return value.gather(-1, order.expand(*value.shape[:-1], short))
+
+
+def is_kept(keep, N):
+    """(B, N) bool for the indices keep (B, K), of which -1 stands for none."""
+    B = len(keep)
+    kept = torch.zeros(B, N + 1, dtype=torch.bool, device=keep.device)  # the first is for -1
+    return kept.scatter(1, keep + 1, True)[:, 1:]
 
 
 def ragged(counts):
-    """{} if all images have as many visual tokens, else {"valid": (B, N) bool, which of a padded row are real}."""
+    """{} if all images have as many visual tokens, else {"valid": (B, N) bool, the real ones}."""
     valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
     return {} if valid.all() else {"valid": valid}
 
 
-def cells(rows, columns):
-    """(rows·columns, 4): x0, y0, x1, y1 of a grid's cells, row by row, as shares of the picture's sides."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([x, y, x + 1, y + 1], -1).view(-1, 4) / torch.tensor([columns, rows, columns, rows])
+class Heard(Exception):
+    """Ends a call of the stock model as its LLM begins; carries what that was told."""
 
 
 class VLM:
-    """What the backbones share. Frozen: no parameter requires a gradient, but gradients pass through to its inputs.
+    """A frozen model: no parameter requires a gradient, but gradients pass through to its inputs.
 
-    width: d_v. tokens: N, or None where it varies from picture to picture. image_id: the placeholder's token id.
-    context: the longest sequence. form: the tokens of a prompt beside the picture and the question.
+    width: d_v, the LLM's width, times `levels`, which is 1 + those that deepstack adds in later layers.
+    tokens: N, or None where it varies from picture to picture. image_id: the placeholder's token id.
+    context: the longest sequence in which no window hides a token. form: the tokens of a prompt beside
+    picture and question. exact: pruning equals masking. decoder: the LLM without its head.
     """
 
     def __init__(self, model, processor, name):
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
-        self.image_id, text = model.config.image_token_id, model.config.get_text_config()
-        self.context, self.form = text.max_position_embeddings, 0
-        layers = getattr(text, "layer_types", None) or []
-        if set(layers) - {"full_attention"} or (not layers and getattr(text, "sliding_window", None)):
-            raise InputError("sliding-window attention reaches too far over dropped tokens; give a model without it")
+        config, text = model.config, model.config.get_text_config(decoder=True)
+        self.decoder, self.image_id = model.get_decoder(), image_token(config)
+        if self.image_id is None or self.decoder in (None, model) or config.is_encoder_decoder:
+            raise InputError("its class has no token that stands for a picture, or no language model of "
+                             "its own; give another model")
+        self.tokens, self.form = None, 0
+        vision = getattr(config, "vision_config", None)
+        self.levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        self.width = text.hidden_size * self.levels
+        self.set_context(text)
+        # some classes ask which tokens are the picture's; some cannot generate from embeddings
+        self.typed = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+        accepted = inspect.signature(model.prepare_inputs_for_generation).parameters
+        self.by_ids = "inputs_embeds" not in accepted
         complete(model, processor)
+        if processor:
+            names = {getattr(processor, "image_token", None), getattr(processor, "boi_token", None)}
+            names.add(processor.tokenizer.convert_ids_to_tokens(self.image_id))
+            self.placeholders = names - {None}
+
+    def set_context(self, text):
+        """How long a sequence may be: the least of positions, sliding window and attention chunk."""
+        kinds = set(getattr(text, "layer_types", None) or ())
+        limits = {"context": text.max_position_embeddings}
+        if "sliding_attention" in kinds or not kinds and getattr(text, "sliding_window", None):
+            limits["sliding window"] = text.sliding_window
+        if "chunked_attention" in kinds:
+            limits["attention chunk"] = text.attention_chunk_size
+        self.limit = min(limits, key=limits.get)
+        self.context = limits[self.limit]
+        self.exact = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+
+    # --- before anything is done with it ----------------------------------------------------------
 
     @torch.no_grad()
     def trial(self):
-        """A question about a grey picture, and one token of its answer. Any error if the parts are not of one model."""
-        inputs = self.inputs([Image.new("RGB", (64, 48), "grey")], ["?"])
-        X, places = self.encode(inputs), self.visual(inputs).sum().item()  # (1, N, d_v)
-        if places != X.shape[1]:
-            raise InputError(f"a prompt has {places} places for {X.shape[1]} visual tokens; mend the processor's files")
-        self.form = (inputs["input_ids"] != self.image_id).sum().item() - len(self.processor.tokenizer("?").input_ids)
-        self.generate(inputs, X, torch.zeros(1, 1, dtype=torch.long, device=X.device), max_new_tokens=1)
+        """Two questions about a grey picture, and one token of an answer.
+
+        InputError, or any error, if the model's files are not of one model.
+        """
+        with time_limit(10, "the chat template"):
+            self.prompts(["?"])
+        grey = Image.new("RGB", (64, 48), "grey")
+        ids = self.inputs([grey, grey], ["What?", "Where?"])["input_ids"]
+        if ids[0].equal(ids[1]):
+            raise InputError("two questions become the same prompt, so the model would not hear them; mend "
+                             "chat_template.jinja or tokenizer.json")
+        inputs = self.inputs([grey], ["?"])
+        X = self.encode(inputs)  # (1, N, d_v)
+        text = (inputs["input_ids"] != self.image_id).sum().item()
+        self.form = text - len(self.processor.tokenizer("?").input_ids)
+        first = torch.zeros(1, 1, dtype=torch.long, device=X.device)
+        self.generate(inputs, X, first, max_new_tokens=1)
+
+    @torch.no_grad()
+    def self_check(self):
+        """InputError unless, about a picture of noise, the method's two equalities hold on this model."""
+        def last(logits):
+            return logits[:, -1].float().log_softmax(-1)
+
+        noise = Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3))
+        inputs = self.inputs([noise], ["?"])
+        X, visual = self.encode(inputs), self.visual(inputs)  # (1, N, d_v), (1, L)
+        third = torch.arange(X.shape[1], device=X.device) % 3 == 0  # (N,)
+        shown = inputs["attention_mask"].masked_scatter(visual, third.long())
+        positions = self.embed(inputs, X)["position_ids"]
+        stock = self.model_inputs(inputs)
+        full = last(self.model(**stock).logits)
+        stock.update(attention_mask=shown, position_ids=positions)
+        masked = last(self.model(**stock).logits)
+
+        error = (last(self.logits(inputs, X)) - full).abs().max().item()
+        if not error <= 1e-3:
+            raise InputError("all tokens kept is not the stock model: log-probabilities differ by "
+                             f"{error:.2g}; give another model")
+        pruned = last(self.logits(inputs, X, third.nonzero().T))
+        error, effect = ((t - masked).abs().max().item() for t in (pruned, full))
+        share = 0.25 if self.model.dtype.itemsize == 2 else 0.01
+        if self.exact and not error <= max(share * effect, 1e-3):
+            raise InputError(f"pruning is not masking: log-probabilities differ by {error:.2g}, where hiding "
+                             f"two thirds of a picture changes them by {effect:.2g}; give another model")
 
     def recompute(self):
-        """Gradient checkpointing: the backward pass computes the LLM's activations again instead of keeping them."""
-        llm = self.model.model.language_model.train()  # transformers does it in train mode only; no dropout, though
+        """Gradient checkpointing: the backward pass computes the LLM's activations once more."""
+        llm = self.decoder.train()  # transformers does it in train mode only; no dropout, though
         for module in llm.modules():
             module.attention_dropout = 0.0
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
         # the first is transformers' new name for the second
-        getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable = getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     def memory(self, learned, B, recompute=False):
-        """Bytes of a training step by part: B images at once, captions of 20 tokens, `learned` parameters."""
+        """Bytes of a training step by part: B images, captions of 20 tokens, `learned` parameters."""
         c, size, N = self.model.config.get_text_config(), self.model.dtype.itemsize, self.tokens or 2880
-        L = N + 40
-        D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the inputs of two norms
-        # in float32; q, k, v, the attention's output (D each), one number a head; three tensors of the MLP's width F.
+        D, F, layers, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers, N + 40
+        # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the
+        # inputs of two norms in float32; q, k, v and the attention's output (D each), a number for
+        # each head; three tensors of the MLP's width F.
         layer = 2 * 4 * D + (4 * D + 3 * F) * size + 4 * c.num_attention_heads
-        kept = L * (layers * D * size + layer if recompute else layers * layer)
-        kept += 60 * N * self.width * size + 20 * c.vocab_size * (size + 8)  # scorer and denoiser; logits
-        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]  # a shard counts as such
-        frozen = sum(p.numel() * p.element_size() for p in own)
-        return {"frozen": frozen, "learned": 16 * learned, "activations": B * kept}  # 16: AdamW's moments, too
+        kept = L * layers * layer
+        if recompute:
+            kept = L * (layers * D * size + layer)
+        kept += 4 * N * (48 * min(self.width, 1024) + 12 * self.width)  # scorer, gate and denoiser
+        kept += 6 * N * N  # the ranking: the likeness of all pairs, and which is the better
+        kept += 20 * c.vocab_size * (size + 8)  # logits
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
+        frozen = sum(p.numel() * p.element_size() for p in own)  # of a shard, only its part
+        # 16: AdamW's moments, too; the gate's L is d_v²
+        return {"frozen": frozen, "learned": 16 * learned + 4 * self.width ** 2, "activations": B * kept}
 
     def images_that_fit(self, learned, free_bytes, recompute=False):
-        """How many images fit at once in what a device has free beside the frozen model; a tenth of it is a reserve."""
+        """How many images fit at once beside the frozen model; a tenth of what is free is a reserve."""
         plan = self.memory(learned, 1, recompute)
         return max(0, int((0.9 * free_bytes - plan["learned"]) // plan["activations"]))
 
-    def check_text(self, text, where):
-        """InputError for a question, or a prompt and its caption, that the model cannot take; `where` says which.
+    # --- from pictures and questions to tensors ---------------------------------------------------
 
-        A token is at least a byte, so few texts need counting. Where N varies, inputs() counts the picture's part.
+    def inputs(self, images, questions, answers=None):
+        """Tensors for B pictures (PIL) and B questions in the model's own chat form.
+
+        input_ids, attention_mask (B, L), left-padded; pixel_values and what else the processor gives;
+        with answers (captions), which then follow the prompt, also labels (B, L): the answer's tokens
+        and the end of text, -100 elsewhere. valid (B, N) where the pictures differ in N.
+        InputError for a picture that the processor refuses, and a text that does not fit.
         """
-        placeholder, room = self.processor.image_token, self.context - self.form - (self.tokens or 0)
-        if placeholder in text:
-            raise InputError(f"{where} has {placeholder} in it, which stands for the picture; take it out")
+        for question in questions:
+            self.check_text(question, "a question")
+        inputs = self.processed(images, self.prompts(questions), answers)
+        self.check_length(inputs["input_ids"])
+        self.check_places(inputs)
+        return self.finish(inputs)
+
+    def prompts(self, questions):
+        """Each question in the model's chat form, with the placeholder of one picture."""
+        tokenizer, prompts = self.processor.tokenizer, []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        if tokenizer(prompts[0]).input_ids[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, too
+            prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
+        return prompts
+
+    def processed(self, images, prompts, answers):
+        """What the processor makes of pictures and texts, and labels if there are answers."""
+        tokenizer, texts = self.processor.tokenizer, prompts
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        # PaliGemma reads a prompt in both directions, an answer in one: its processor tells them apart
+        suffixed = self.model.config.model_type == "paligemma"
+        if answers is not None and suffixed:
+            options["suffix"] = answers
+        elif answers is not None:
+            spaces = [" " * (not prompt[-1:].isspace()) for prompt in prompts]
+            texts = [p + s + a + tokenizer.eos_token for p, s, a in zip(prompts, spaces, answers)]
+        with one_line("the model's processor", "reading picture and text", cure=""):
+            inputs = self.processor(images=[[image] for image in images], text=list(texts), **options)
+        ids = inputs["input_ids"] * inputs["attention_mask"]  # padding: token 0, any would do
+        inputs["input_ids"] = ids
+        labels = inputs.pop("labels", None)
+        if answers is not None:
+            if not suffixed:
+                whole, before = tokenizer(texts).input_ids, tokenizer(prompts).input_ids
+                lengths = torch.tensor([len(w) - len(b) for w, b in zip(whole, before)])  # of the answers
+                from_end = torch.arange(ids.shape[1] - 1, -1, -1)  # L-1 … 0
+                labels = ids.where(from_end < lengths[:, None], -100)
+            inputs["labels"] = labels
+        return inputs
+
+    def check_text(self, text, where):
+        """InputError for a question, or a prompt and its caption, that the model cannot take.
+
+        A token is at least a byte, so few texts need counting. Where N varies, check_length() counts
+        the picture's part. `where` says which text it is.
+        """
+        for placeholder in self.placeholders:
+            if placeholder in text:
+                raise InputError(f"{where} has {placeholder} in it, which stands for the picture; take it out")
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise InputError(f"{where} has half a character in it (a lone surrogate); take it out") from None
+        room = self.context - self.form - (self.tokens or 0)
         if size > room and len(self.processor.tokenizer(text).input_ids) > room:
-            raise InputError(f"{where} is longer than the {room} tokens left in the model's context; shorten it")
+            raise InputError(f"{where} is longer than the {room} tokens left in the model's {self.limit}; "
+                             "shorten it")
 
-    def inputs(self, images, questions, answers=None):
-        """Tensors for B pictures (PIL) and B questions in the model's own chat form, left-padded to length L.
-
-        input_ids, attention_mask (B, L), pixel_values; with answers (captions), which then follow the prompt, also
-        labels (B, L): the answer's tokens and the end of text, -100 elsewhere. And what finish() adds.
-        InputError for a picture that the processor refuses, and a text that does not fit.
-        """
-        tokenizer, placeholder, prompts = self.processor.tokenizer, self.processor.image_token, []
-        for question in questions:
-            self.check_text(question, "a question")
-            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        if tokenizer(prompts[0]).input_ids[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, too
-            prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
-        texts = prompts
-        if answers is not None:
-            texts = [p + " " * (not p[-1:].isspace()) + a + tokenizer.eos_token for p, a in zip(prompts, answers)]
-        if any(text.count(placeholder) != 1 for text in texts):
-            raise InputError(f"{placeholder} stands for the picture: chat templates must write it once, a text never")
-        try:
-            inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
-        except Exception as e:
-            raise InputError(f"the model's processor refuses it ({short(e)})") from None
-        ids = inputs["input_ids"] = inputs["input_ids"] * inputs["attention_mask"]  # padding: token 0, any would do
+    def check_length(self, ids):
+        """InputError for a sequence that is too long, or with a token that the model does not know."""
         L, known = ids.shape[1], len(self.model.get_input_embeddings().weight)
         if L > self.context:
-            raise InputError(f"picture and text are {L} tokens, and the model's context is {self.context}; shorten one")
+            raise InputError(f"picture and text are {L} tokens, and the model's {self.limit} is "
+                             f"{self.context}; shorten one")
         if (ids.masked_fill(ids == self.image_id, 0) >= known).any():
             raise InputError(f"the tokenizer uses tokens above the model's {known}; get both of one model")
-        if answers is not None:
-            told = [len(t) - len(p) for t, p in zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids)]
-            from_end = torch.arange(L - 1, -1, -1)  # L-1 … 0
-            inputs["labels"] = ids.where(from_end < torch.tensor(told)[:, None], -100)
-        return self.finish(inputs)
 
-    def dummy_inputs(self, batch=1, text_tokens=95, image_size=None):
-        """As inputs(), without a tokenizer: noise for pictures of image_size (height, width), and equal text tokens."""
-        pixels, places = self.dummy_pixels(batch, image_size)
+    def check_places(self, inputs):
+        """InputError unless each prompt has as many places as the model makes tokens of its picture."""
+        places = self.visual(inputs).sum(1)  # (B,)
+        tokens = architectures.tokens_of_each(self.model, inputs)
+        if tokens is None:
+            tokens = places if self.tokens is None else torch.full_like(places, self.tokens)
+        wrong = (places != tokens) | (places == 0)
+        if wrong.any():
+            i = wrong.int().argmax()
+            raise InputError(f"a prompt has {places[i]} places for {tokens[i]} visual tokens of its picture; "
+                             "mend the chat template, or the processor's files by config.json")
+
+    def dummy_inputs(self, batch=1, text_tokens=95, image_size=(672, 672)):
+        """As inputs(), without a tokenizer: noise for pictures of (height, width), equal text tokens."""
+        pixels, places = architectures.dummy_pixels(self.model, batch, image_size, self.tokens)
         ids = torch.ones(batch, places + text_tokens, dtype=torch.long)
         ids[:, 1:1 + places] = self.image_id
-        return self.finish(BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+        return self.finish(BatchFeature(inputs))
 
     def finish(self, inputs):
-        """Add what encode() and embed() need beside what the processor gives; all to the model's device and type."""
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        # a worker process of train.py must not touch the GPU
-        return inputs if torch.utils.data.get_worker_info() else inputs.to(self.model.device)
+        """Say which visual tokens of a padded row are real; all to the model's device and type."""
+        for name, value in inputs.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        inputs.update(ragged(self.visual(inputs).sum(1).tolist()))
+        if torch.utils.data.get_worker_info():  # a worker process of train.py must not touch the GPU
+            return inputs
+        return inputs.to(self.model.device)
 
     def visual(self, inputs):
         """(B, L) bool: the places of the visual tokens in the full sequence, in the order of X."""
         return inputs["input_ids"] == self.image_id
 
-    def positions(self, inputs):
-        """Position ids of the full sequence, (B, L)."""
-        return (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    def boxes(self, inputs):
+        """(N, 4): x0, y0, x1, y1 of each token in the first picture, 0 … 1; 0 if it is no patch."""
+        return architectures.boxes(self.model, inputs, self.tokens)
 
-    def text(self, ids, visual):
-        """Embeddings (B, L, D) of all that is no visual token."""
-        return self.model.get_input_embeddings()(ids.masked_fill(ids == self.image_id, 0)).to(ids.device)
+    # --- from pictures to visual tokens -----------------------------------------------------------
+
+    def model_inputs(self, inputs):
+        """What of inputs() the stock model is called with."""
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "valid")}
+        if self.typed:
+            given.setdefault("mm_token_type_ids", self.visual(inputs).int())
+        return given
+
+    @torch.no_grad()
+    def hear(self, inputs, **changes):
+        """What the stock model would tell its LLM, which does not run: {name: tensor}.
+
+        inputs_embeds (B, L, D) and position_ids (…, B, L) are among it. Without pixels, the embeddings
+        at the picture's places mean nothing. InputError if it tells what cannot be pruned.
+        """
+        def stop(module, args, told):
+            raise Heard(told)
+
+        told = {}
+        hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**self.model_inputs(inputs) | changes, use_cache=False)
+        except Heard as heard:
+            told, = heard.args
+        except (ValueError, IndexError) as e:  # the stock model compares places and tokens, too
+            raise InputError(f"the model cannot read picture and prompt ({e}); mend the processor's files by "
+                             "config.json") from None
+        finally:
+            hook.remove()
+        if told.get("inputs_embeds") is None:
+            raise InputError("its class gives the language model no embeddings with the picture in them; "
+                             "give another model")
+        told = {name: t for name, t in told.items() if isinstance(t, (torch.Tensor, dict, list, tuple))}
+        told.pop("cache_position", None)
+        for name in told.keys() - {*ROWS, *PLACES, DEEP}:
+            raise InputError(f"its class tells the language model {name}, too, and how to prune that is not "
+                             "known; give another model")
+        mask = inputs["attention_mask"]
+        positions = told.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
+        return {**told, "position_ids": positions.expand(*positions.shape[:-2], *mask.shape)}
+
+    @torch.no_grad()
+    def encode(self, inputs):
+        """X (B, N, d_v): what stands at the picture's places, and beside it what deepstack adds there."""
+        told = self.hear(inputs)
+        X = told["inputs_embeds"][self.visual(inputs)]  # (tokens of all rows, D)
+        X = torch.cat([X, *told.get(DEEP, [])], -1)  # (tokens of all rows, d_v)
+        if "valid" not in inputs:
+            return X.view(len(inputs["input_ids"]), -1, self.width)
+        valid = inputs["valid"]
+        return X.new_zeros(*valid.shape, self.width).masked_scatter(valid[..., None], X)
+
+    def project(self, X):
+        """(B, N, d_v) -> (B, N, D), token by token: they are projected already."""
+        return X
+
+    # --- from visual tokens to an answer ----------------------------------------------------------
 
     def embed(self, inputs, X, keep=None):
-        """The sequence for the LLM: inputs_embeds (B, L', D), attention_mask (B, L'), position_ids (and labels).
+        """The sequence for the LLM, of which the stock model's call and generate() are given
 
-        X (B, N, d_v) goes through the frozen projector and takes the image's places. With keep (B, K), only those
-        tokens do: L' = L - N + K, and every token that stays has the position it had in the full sequence.
+            inputs_embeds (B, L', D), attention_mask (B, L'), position_ids (…, B, L') (and labels).
+
+        X (B, N, d_v) takes the picture's places. With keep (B, K), only those tokens do: L' = L - N + K,
+        and each that stays has the position that it had in the full sequence.
+
+            full sequence   <s>  x0  x1  x2  Why?          keep [0, 2]   <s>  x0  x2  Why?
+            positions        0   1   2   3    4                           0   1   3    4
+
         -1 in keep stands for no token, at the left of the tokens of an image that keeps fewer than K.
+        Where a class is told more than can be given from outside, it is under "told"; see telling().
         """
-        visual, skip = self.visual(inputs), 0
-        rows = {"ids": inputs["input_ids"], "mask": inputs["attention_mask"].bool(), "visual": visual,
-                "position_ids": self.positions(inputs)}
-        if "labels" in inputs:
-            rows["labels"] = inputs["labels"]
+        shown = inputs["attention_mask"].bool()  # (B, L), what the LLM is to see
+        visual, first = self.visual(inputs), 0  # (B, L)
         if keep is not None:
-            B, N, _ = X.shape  # images, visual tokens
-            kept = torch.zeros(B, N + 1, dtype=torch.bool, device=X.device).scatter(1, keep + 1, True)[:, 1:]  # (B, N)
-            rows["mask"] = rows["mask"] & (at_places(kept, visual) | ~visual)
-            # a stable sort brings what is dropped to the left, beside the padding; all else keeps its order
-            out = (~rows["mask"]).sum(1).min() if "valid" in inputs else N - keep.shape[1]
-            order = rows["mask"].int().argsort(dim=1, stable=True)[:, out:]  # (B, L')
-            rows = {name: row.gather(-1, order.expand(*row.shape[:-1], -1)) for name, row in rows.items()}
+            shown = shown & (at_places(is_kept(keep, X.shape[1]), visual) | ~visual)
+        told = self.hear_text(inputs, None if keep is None else shown)
+        told |= {"shown": shown, "visual": visual & shown}
+        told |= {name: inputs[name] for name in ("input_ids", "labels") if name in inputs}
+        if keep is not None:
+            # a stable sort brings what is dropped to the left, beside the padding; the rest keeps its order
+            dropped = X.shape[1] - keep.shape[1]
+            if "valid" in inputs:
+                dropped = (~shown).sum(1).min()
+            order = shown.int().argsort(dim=1, stable=True)[:, dropped:]  # (B, L')
+            told = {name: take(value, name, order) for name, value in told.items()}
             X = X.gather(1, keep.clamp_min(0)[..., None].expand(-1, -1, X.shape[-1]))  # (B, K, d_v)
-            skip = (keep < 0).sum(1, keepdim=True)
-        ids, mask = rows.pop("ids"), rows.pop("mask")
-        visual = rows.pop("visual") & mask
-        Z = self.project(X.to(self.model.dtype)).to(ids.device)  # (B, K, D)
-        # out of place, so that gradients pass
-        embeds = torch.where(visual[..., None], at_places(Z, visual, skip), self.text(ids, visual))  # (B, L', D)
-        return {"inputs_embeds": embeds, "attention_mask": mask.long(), **rows}
+            first = (keep < 0).sum(1, keepdim=True)  # (B, 1), of each row's real tokens
+        return self.fill(told, X, first)
+
+    def hear_text(self, inputs, shown=None):
+        """What the LLM is told, of the full length L, but for the picture's embeddings.
+
+        Positions are those of the full sequence. Masks that a class makes of its own are made as if what
+        is not shown (B, L) were padding.
+        """
+        text = {name: t for name, t in inputs.items() if not name.startswith("pixel")}
+        told = self.hear(text)
+        if not self.has_masks(told):
+            told.pop("attention_mask", None)
+        elif shown is not None:
+            told = self.hear(text, attention_mask=shown.long(), position_ids=told["position_ids"])
+        return told
+
+    @staticmethod
+    def has_masks(told):
+        """Whether the stock model makes masks of its own: (B, 1, L, L), or a dict of such."""
+        mask = told.get("attention_mask")
+        return isinstance(mask, dict) or torch.is_tensor(mask) and mask.dim() == 4
+
+    def fill(self, told, X, first=0):
+        """Put tokens X (B, K, d_v), in each row from `first` (B, 1) on, at the visual places of a sequence."""
+        shown, visual, ids, text = (told.pop(k) for k in ("shown", "visual", "input_ids", "inputs_embeds"))
+        Z = self.project(X.to(self.model.dtype)).to(text.device)  # (B, K, D·levels)
+        Z, *deep = at_places(Z, visual, first).split(text.shape[-1], -1)  # (B, L', D) each
+        embeds = torch.where(visual[..., None], Z, text)  # out of place, so that gradients pass
+        # the embeddings come first: from them generate() infers B
+        sequence = {"inputs_embeds": embeds, "attention_mask": shown.long()}
+        for name in ("position_ids", "labels"):
+            if name in told:
+                sequence[name] = told.pop(name)
+        if deep:
+            told |= {"visual_pos_masks": visual, DEEP: [level[visual] for level in deep]}
+        if self.by_ids:  # generate() takes no embeddings: it is given ids, and the LLM is told the rest
+            told["inputs_embeds"] = sequence.pop("inputs_embeds")
+            sequence = {"input_ids": ids, **sequence}
+        return {**sequence, "told": told} if told else sequence
+
+    @contextmanager
+    def telling(self, sequence):
+        """with telling(embed(…)) as given: the stock model can be called with **given.
+
+        In this block its LLM is told the rest, too, when it reads a prompt from its beginning.
+        """
+        given = {name: value for name, value in sequence.items() if name not in ("told", "labels")}
+
+        def tell(module, args, kwargs):
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            begins = cache is None or not cache.get_seq_length()
+            return args, {**kwargs, **sequence["told"]} if begins else kwargs
+
+        if "told" not in sequence:
+            yield given
+            return
+        hook = self.decoder.register_forward_pre_hook(tell, with_kwargs=True)
+        try:
+            yield given
+        finally:
+            hook.remove()
+
+    def logits(self, inputs, X, keep=None, last=0):
+        """(B, L', V), or only those of the last places."""
+        with self.telling(self.embed(inputs, X, keep)) as given:
+            logits = self.model(**given, use_cache=False, logits_to_keep=last).logits
+        return logits[:, -last:]  # some classes give them all
 
     def loss(self, inputs, X, keep=None):
-        """Next-token loss on the labels (the caption), in nats per token. NaN where a feature or logit is no number."""
-        sequence = self.embed(inputs, X, keep)
-        labels = sequence.pop("labels")[:, 1:]
-        # logits at the caption only: the state before each of its tokens
-        hidden = self.model.model.language_model(**sequence, use_cache=False).last_hidden_state[:, :-1]
-        labels = labels.to(hidden.device)
-        logits = self.model.lm_head(hidden[labels != -100])  # (words, V)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labels != -100])
+        """Next-token loss on the labels (the caption), in nats per token.
+
+        NaN where a feature or logit is no number. A caption ends its row, so the last logits will do.
+        """
+        words = int((inputs["labels"] != -100).sum(1).max())
+        logits = self.logits(inputs, X, keep, words + 1)[:, :-1]  # (B, words, V), each before its word
+        labels = inputs["labels"][:, -words:].to(logits.device)
+        logits, labels = logits[labels != -100], labels[labels != -100]
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     @torch.no_grad()
     def generate(self, inputs, X, keep=None, max_new_tokens=64, **options):
-        """Greedy answers, B strings: positions continue from the last original one. InputError for logits of NaN."""
-        finite = [X.isfinite().all()]
+        """Greedy answers, B strings: positions continue from the last original one.
+
+        An answer ends where the model's context does. InputError for logits of NaN.
+        """
+        sequence = self.embed(inputs, X, keep)
+        room = self.context - inputs["attention_mask"].sum(1)  # (B,)
+        finite, start = [X.isfinite().all()], 0
+        if self.by_ids:
+            start = sequence["input_ids"].shape[1]
 
         def watch(ids, logits):
             finite.append(logits.amax(-1).isfinite().all())
             return logits
 
-        ids = self.model.generate(**self.embed(inputs, X, keep), max_new_tokens=max_new_tokens,
-                                  logits_processor=[watch], **options)
+        def at_the_end(ids, logits, **_):
+            return ids.shape[1] - start >= room
+
+        with self.telling(sequence) as given:
+            ids = self.model.generate(**given, max_new_tokens=max_new_tokens, logits_processor=[watch],
+                                      stopping_criteria=[at_the_end], **options)
         if not all(finite):
-            raise InputError("features or logits are no finite numbers: the weights are damaged, or overflow in this "
-                             "number type; try --dtype float32")
-        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+            raise InputError("features or logits are no finite numbers: the weights are damaged, or overflow "
+                             "in this number type; try --dtype float32")
+        answers = self.processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+        return [text.strip() for text in answers]
 
 
 class Llava(VLM):
-    """LLaVA-1.5: one square picture, N = 576 patches (577 with the class token of strategy 'full')."""
+    """LLaVA-1.5: one square picture, N = 576 patches (577 with the class token of strategy 'full').
+
+    X are the vision encoder's features, before the projector; d_v = 1024.
+    """
+    TOWERS = ("clip_vision_model", "siglip_vision_model")
 
     def __init__(self, model, processor, name):
         super().__init__(model, processor, name)
         config, vision = model.config, model.config.vision_config
-        if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            raise InputError(f"vision tower {vision.model_type!r} is not supported; it must be CLIP or SigLIP")
         layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        self.layers, self.first = [layers] if isinstance(layers, int) else layers, int(strategy == "default")
-        class_token, self.side = int(vision.model_type == "clip_vision_model"), vision.image_size // vision.patch_size
-        self.tokens = self.side ** 2 + class_token - self.first  # N, 576 for LLaVA-1.5
-        self.width = vision.hidden_size * len(self.layers)  # d_v, 1024 for LLaVA-1.5
+        self.layers = [layers] if isinstance(layers, int) else layers
+        self.first = int(strategy == "default")
+        self.side = vision.image_size // vision.patch_size
+        class_token = int(vision.model_type == "clip_vision_model")
+        self.tokens = self.side ** 2 + class_token - self.first
+        self.width = vision.hidden_size * len(self.layers)
         if processor:  # it must count the class token, or it lays out N - 1 places for N tokens
             processor.num_additional_image_tokens, processor.patch_size = class_token, vision.patch_size
             processor.vision_feature_select_strategy = strategy
 
     @torch.no_grad()
     def encode(self, inputs):
-        """X (B, N, d_v): the vision encoder's chosen layers, class token dropped. The encoder gets no gradient."""
-        hidden = self.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        """X (B, N, d_v): the vision encoder's chosen layers, class token dropped; no gradient."""
+        tower = self.model.model.vision_tower
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         return torch.cat([hidden[i] for i in self.layers], -1)[:, self.first:]
 
     def project(self, X):
         """The frozen projector, token by token: (B, N, d_v) -> (B, N, D)."""
         return self.model.model.multi_modal_projector(X)
-
-    def boxes(self, inputs):
-        """(N, 4): x0, y0, x1, y1 of each token in the square that the model saw, 0 … 1; a class token's are all 0."""
-        patches = cells(self.side, self.side)
-        return F.pad(patches, (0, 0, self.tokens - len(patches), 0))
-
-    def dummy_pixels(self, batch, image_size):
-        side = self.model.config.vision_config.image_size
-        return {"pixel_values": torch.randn(batch, 3, side, side)}, self.tokens
-
-
-class LlavaNext(Llava):
-    """LLaVA-NeXT: the picture once as a whole and once as tiles, from which the padding is cut away again.
-
-    Only patches that survive the cut are visual tokens. A newline token ends each row of tiles; it always stays.
-    """
-
-    def __init__(self, model, processor, name):
-        super().__init__(model, processor, name)
-        if self.tokens != self.side ** 2:
-            raise InputError("a class token among the patches is not supported in LLaVA-NeXT; set "
-                             "vision_feature_select_strategy to 'default' for CLIP, to 'full' for SigLIP")
-        self.tile_tokens, self.tokens = self.tokens, None
-
-    def tiles(self, size):
-        """How many tiles a picture of that size (height, width) has, the whole one included."""
-        config = self.model.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-
-    def pack(self, sizes):
-        """What each image's places hold, (P_i,): a patch's number among those of all tiles, or -1, a newline."""
-        tiles = [self.tiles(size) for size in sizes]
-        numbers = torch.arange(sum(tiles) * self.tile_tokens).view(-1, self.tile_tokens, 1).split(tiles)
-        packed, _ = self.model.model.pack_image_features(  # the stock model packs numbers in place of features
-            numbers, sizes, self.model.config.vision_feature_select_strategy, image_newline=torch.tensor([-1]))
-        return [places[:, 0] for places in packed]
-
-    def finish(self, inputs):
-        sizes, pixels = inputs["image_sizes"], inputs["pixel_values"]
-        if pixels.dim() == 5:  # (B, tiles, 3, H, W), padded: encode the real tiles only
-            inputs["pixel_values"] = torch.cat([image[:self.tiles(size)] for image, size in zip(pixels, sizes)])
-        packed, image = self.pack(sizes), inputs["input_ids"] == self.image_id
-        inputs["newline"] = torch.zeros_like(image).masked_scatter(image, torch.cat(packed) < 0)  # (B, L)
-        patches = [places[places >= 0] for places in packed]
-        inputs["patches"] = torch.nn.utils.rnn.pad_sequence(patches, batch_first=True)  # (B, N)
-        inputs.update(ragged([len(p) for p in patches]))
-        return super().finish(inputs)
-
-    def visual(self, inputs):
-        return super().visual(inputs) & ~inputs["newline"]
-
-    def text(self, ids, visual):
-        newline = ((ids == self.image_id) & ~visual)[..., None]
-        return torch.where(newline, self.model.model.image_newline.to(ids.device), super().text(ids, visual))
-
-    @torch.no_grad()
-    def encode(self, inputs):
-        """X (B, N, d_v): first the whole picture's patches, then the tiles' that are left, row by row."""
-        X = super().encode(inputs).flatten(0, 1)[inputs["patches"]]
-        return X * inputs["valid"][..., None] if "valid" in inputs else X
-
-    def boxes(self, inputs):
-        """(N, 4): as above; the whole picture's patches, then the tiles', which lie around its middle with padding."""
-        (height, width), config, side = inputs["image_sizes"][0].tolist(), self.model.config, self.side
-        rows, columns = get_anyres_image_grid_shape(
-            (height, width), config.image_grid_pinpoints, config.vision_config.image_size)  # of tiles
-        tiles = cells(rows * side, columns * side).view(rows, side, columns, side, 4).transpose(1, 2).reshape(-1, 4)
-        scale = min(rows / height, columns / width)
-        filled = torch.tensor([width * scale / columns, height * scale / rows]).repeat(2)  # the picture's share of them
-        tiles = ((tiles - 0.5) / filled + 0.5).clamp(0, 1)
-        patches = self.pack(inputs["image_sizes"][:1].cpu())[0]
-        return torch.cat([cells(side, side), tiles])[patches[patches >= 0]]
-
-    def dummy_pixels(self, batch, image_size):
-        sizes, side = torch.tensor([image_size or (672, 672)] * batch), self.model.config.vision_config.image_size
-        pixels = torch.randn(batch * self.tiles(sizes[0]), 3, side, side)
-        return {"pixel_values": pixels, "image_sizes": sizes}, len(self.pack(sizes)[0])
-
-
-class Qwen(VLM):
-    """Qwen2.5-VL: any picture size. A visual token is a merged group of 2 x 2 patches, d_v their four features."""
-
-    def __init__(self, model, processor, name):
-        super().__init__(model, processor, name)
-        self.vision, self.tokens = model.model.visual, None
-        self.width = model.config.vision_config.hidden_size * self.vision.spatial_merge_unit
-
-    def finish(self, inputs):
-        ids, grid = inputs["input_ids"], inputs["image_grid_thw"]  # (B, 3): 1, rows, columns of patches
-        # positions (3, B, L), always given: the model itself would go on from what an earlier call left in it
-        inputs["position_ids"], _ = self.model.model.get_rope_index(
-            ids, (ids == self.image_id).int(), image_grid_thw=grid, attention_mask=inputs["attention_mask"])
-        inputs.update(ragged((grid.prod(1) // self.vision.spatial_merge_unit).tolist()))
-        inputs["grid"] = grid.tolist()  # stays where it can be read without waiting for the device
-        return super().finish(inputs)
-
-    def positions(self, inputs):
-        """Position ids of the full sequence, (3, B, L): time, row and column."""
-        return inputs["position_ids"]
-
-    @torch.no_grad()
-    def encode(self, inputs):
-        """X (B, N, d_v), in raster order: the encoder's last layer leaves the groups window by window."""
-        v, grid, device = self.vision, torch.tensor(inputs["grid"]), self.model.device
-        places = get_vision_position_ids(grid, v.spatial_merge_size).to(device)
-        hidden = v(inputs["pixel_values"], grid_thw=grid, position_ids=places).last_hidden_state  # (patches, d_v / 4)
-        window, _ = get_vision_window_index(grid, v.spatial_merge_size, v.window_size, v.patch_size)
-        X = hidden.view(-1, self.width)[window.argsort().to(device)]
-        if "valid" not in inputs:
-            return X.view(len(grid), -1, self.width)
-        return X.new_zeros(*inputs["valid"].shape, self.width).masked_scatter(inputs["valid"][..., None], X)
-
-    def project(self, X):
-        """The frozen merger, group by group: (B, N, d_v) -> (B, N, D)."""
-        B, N, _ = X.shape
-        return self.vision.merger(X.reshape(B * N * self.vision.spatial_merge_unit, -1)).view(B, N, -1)
-
-    def boxes(self, inputs):
-        """(N, 4): as above, of the first picture's groups of patches."""
-        _, rows, columns = inputs["grid"][0]
-        return cells(rows // self.vision.spatial_merge_size, columns // self.vision.spatial_merge_size)
-
-    def dummy_pixels(self, batch, image_size):
-        m, unit = self.vision.spatial_merge_size, self.vision.patch_size * self.vision.spatial_merge_size
-        rows, columns = (side // unit for side in image_size or (672, 672))
-        grid, patch = torch.tensor([[1, m * rows, m * columns]] * batch), self.vision.patch_embed.proj.weight[0].numel()
-        return {"pixel_values": torch.randn(grid.prod(1).sum(), patch), "image_grid_thw": grid}, rows * columns
-
-
-BACKBONES = {"llava": Llava, "llava_next": LlavaNext, "qwen2_5_vl": Qwen}

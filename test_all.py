@@ -5,6 +5,7 @@ Oracles: a bisection for the soft top-K, finite differences for every gradient, 
 simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
 """
 import fcntl
+import copy
 import functools
 import io
 import itertools
@@ -33,12 +34,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
-                          LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor, Qwen2VLImageProcessorPil)
+                          LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil)
 
 import bench
 import infer
@@ -81,16 +83,51 @@ LLAVA = dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_to
 SIGLIP = dict(vision_config={**CLIP, "model_type": "siglip_vision_model"}, vision_feature_layer=-1)
 GRID = [[32, 64], [64, 32], [64, 64], [96, 32]]
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+IMAGE = "<|image_pad|>"  # the token of VOCAB, which the tiny tokenizer is given
+LLM = {**LLAMA, "vocab_size": VOCAB + 8, "head_dim": 16, "max_position_embeddings": 1024}
+SQUARE = {**CLIP, "model_type": "siglip_vision_model", "num_hidden_layers": 2, "vision_use_head": False}
+LAYERS = ["sliding_attention", "full_attention"]
+QWEN_EYE = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8)
+QWEN = dict(image_token_id=VOCAB, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)
 TINY_CONFIGS = {
     "llava": LLAVA,
     "llava, full": {**LLAVA, "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, 1]},
     "llava, SigLIP": {**LLAVA, **SIGLIP, "vision_feature_select_strategy": "full"},
     "llava_next": {**LLAVA, "model_type": "llava_next", "image_grid_pinpoints": GRID},
     "qwen2_5_vl": dict(
-        model_type="qwen2_5_vl", image_token_id=VOCAB, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
-        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8,
-                           window_size=32, fullatt_block_indexes=[1]),
-        text_config={**LLAMA, "model_type": "qwen2_5_vl_text", "vocab_size": VOCAB + 1, "rope_parameters": MROPE}),
+        QWEN, model_type="qwen2_5_vl",
+        vision_config=dict(QWEN_EYE, window_size=32, fullatt_block_indexes=[1]),
+        text_config={**LLM, "model_type": "qwen2_5_vl_text", "rope_parameters": MROPE}),
+    "qwen3_vl": dict(  # deepstack
+        QWEN, model_type="qwen3_vl",
+        vision_config=dict(QWEN_EYE, deepstack_visual_indexes=[0, 1], num_position_embeddings=64),
+        text_config={**LLM, "model_type": "qwen3_vl_text", "num_hidden_layers": 3, "rope_parameters": MROPE}),
+    "qwen3_5": dict(  # a recurrent layer
+        QWEN, model_type="qwen3_5", vision_config=dict(QWEN_EYE, num_position_embeddings=64),
+        text_config={**LLM, "model_type": "qwen3_5_text", "rope_parameters": MROPE, "linear_key_head_dim": 16,
+                     "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                     "layer_types": ["linear_attention", "full_attention"]}),
+    "internvl": dict(
+        model_type="internvl", image_token_id=VOCAB, image_seq_length=4,
+        text_config={**LLM, "model_type": "qwen2"},
+        vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+                           image_size=[32, 32], patch_size=[8, 8])),
+    "idefics3": dict(
+        model_type="idefics3", image_token_id=4, scale_factor=2, text_config=LLM,
+        vision_config={**SQUARE, "model_type": "idefics3_vision"}),
+    "gemma3": dict(  # reads a picture in both directions, in windows; generates from no embeddings
+        model_type="gemma3", image_token_index=VOCAB, boi_token_index=VOCAB + 1, eoi_token_index=VOCAB + 2,
+        mm_tokens_per_image=4, vision_config=SQUARE,
+        text_config={**LLM, "model_type": "gemma3_text", "sliding_window": 128, "query_pre_attn_scalar": 16,
+                     "layer_types": LAYERS}),
+    "mistral3": dict(
+        model_type="mistral3", image_token_index=VOCAB, spatial_merge_size=2,
+        text_config={**LLM, "model_type": "mistral", "sliding_window": None},
+        vision_config=dict(model_type="pixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, image_size=64, patch_size=8, head_dim=16)),
+    "paligemma": dict(  # reads picture and question in both directions
+        model_type="paligemma", image_token_index=4, projection_dim=64, hidden_size=64,
+        text_config={**LLM, "model_type": "gemma"}, vision_config=SQUARE),
 }
 SIZES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
 SCENES = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
@@ -132,29 +169,100 @@ def complaint(words, f, *args, **options):
     assert "\n" not in str(e.value).strip() and len(str(e.value)) < 600
 
 
-@pytest.fixture(scope="module", params=TINY_CONFIGS)
-def backbone(request, tmp_path_factory):
-    """(vlm in float64, inputs with captions, X): a tiny random model of each class, three pictures in one batch."""
-    folder, config = tmp_path_factory.mktemp("tiny"), TINY_CONFIGS[request.param]
+def save_processor(name, folder):
+    """What a published folder holds beside config.json and weights, for the tiny model of that name."""
+    square, tokenizer = {"height": 32, "width": 32}, AutoTokenizer.from_pretrained(TINY)
+    llava = dict(size={"shortest_edge": 32}, crop_size=32)
+    more, template = {}, TEMPLATE.replace("<image>", IMAGE)
+    tokens = {"image_token": IMAGE}
+    if name.startswith("qwen"):
+        tokens = {}
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        pictures = Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=256, longest_edge=9216))
+    elif name == "internvl":
+        tokens = {"context_image_token": IMAGE, "start_image_token": "<img>", "end_image_token": "</img>",
+                  "video_token": "<video>"}
+        pictures = transformers.GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=3)
+        more = {"image_seq_length": 4}
+    elif name == "idefics3":
+        tokens, template = {}, TEMPLATE
+        pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64},
+                                                          max_image_size={"longest_edge": 32})
+        more = {"image_seq_len": 4}
+    elif name == "gemma3":
+        tokens |= {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        template = TEMPLATE.replace("<image>", "<start_of_image>")
+        pictures, more = transformers.Gemma3ImageProcessorPil(size=square), {"image_seq_length": 4}
+    elif name == "mistral3":
+        pictures = transformers.PixtralImageProcessorPil(patch_size=16, size={"longest_edge": 64})
+    elif name == "paligemma":
+        tokens = {}
+        pictures, template = transformers.SiglipImageProcessorPil(size=square), None
+        pictures.image_seq_length = 16
+    elif name == "llava_next":
+        tokens, template, more = {}, TEMPLATE, {"patch_size": 8}
+        pictures = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **llava)
+    else:
+        tokens, template, more = {}, TEMPLATE, {"patch_size": 8}
+        pictures = CLIPImageProcessorPil(**llava)
+    if tokens:
+        tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=tokens)
+        order = [tokenizer.convert_tokens_to_ids(token) for token in tokens.values()]
+        assert order[0] == VOCAB or sorted(order)[0] == VOCAB
+    tokenizer.save_pretrained(folder)
+    pictures.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(more))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return tokenizer
+
+
+def save_tiny(name, folder):
+    """A tiny random model of TINY_CONFIGS with its processor, as it would be published."""
     torch.manual_seed(0)
+    tokenizer, config = save_processor(name, folder), copy.deepcopy(TINY_CONFIGS[name])
+    for key, token in (("image_token_id", IMAGE), ("image_token_index", IMAGE),
+                       ("boi_token_index", "<start_of_image>"), ("eoi_token_index", "<end_of_image>")):
+        if config.get(key, 4) != 4:
+            config[key] = tokenizer.convert_tokens_to_ids(token)
     stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
     for p in [p for p in stock.parameters() if p.dim() > 1]:
         torch.nn.init.normal_(p, std=0.2)  # larger than the usual start, so that every token tells
     stock.save_pretrained(folder)
-    tokenizer, sizes = AutoTokenizer.from_pretrained(TINY), dict(size={"shortest_edge": 32}, crop_size=32)
-    if request.param == "qwen2_5_vl":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
-        tokenizer.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
-        tokenizer.save_pretrained(folder)
-        Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=256, longest_edge=9216)).save_pretrained(folder)
-    else:
-        kind, images = LlavaProcessor, CLIPImageProcessorPil(**sizes)
-        if request.param == "llava_next":
-            kind, images = LlavaNextProcessor, LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **sizes)
-        kind(images, tokenizer, patch_size=8, chat_template=TEMPLATE).save_pretrained(folder)
-    vlm = load(folder, dtype=torch.float64)
-    for norm in vlm.model.modules():
-        if type(norm).__name__.endswith("RMSNorm"):  # the stock one rounds to float32 inside
+
+
+class PixtralProcessor:
+    """For Mistral 3: rows of places, each with a token behind it. The stock one needs torchvision."""
+    image_token = IMAGE
+
+    def __init__(self, folder):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_processor = transformers.PixtralImageProcessorPil.from_pretrained(folder)
+        self.image_token_ids = self.tokenizer.convert_tokens_to_ids([IMAGE])
+
+    def __call__(self, images, text, **options):
+        pixels, texts = self.image_processor(images, return_tensors="pt"), []
+        for prompt, (height, width) in zip(text, pixels["image_sizes"].tolist()):
+            rows = height // 16 * (width // 16 * IMAGE + ";")
+            texts.append(prompt.replace(IMAGE, rows))
+        return transformers.BatchFeature({**self.tokenizer(texts, **options), **pixels})
+
+
+def load_tiny(folder, **options):
+    if "mistral3" not in (folder / "config.json").read_text():
+        return load(folder, **options)
+    stock = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    return load(stock, processor=PixtralProcessor(folder))
+
+
+@pytest.fixture(scope="module", params=TINY_CONFIGS)
+def backbone(request, tmp_path_factory):
+    """(vlm in float64, inputs with captions, X): a tiny random model of each class, three pictures in one batch."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(request.param, folder)
+    vlm = load_tiny(folder, dtype=torch.float64)
+    for norm in vlm.decoder.modules():
+        if hasattr(norm, "variance_epsilon"):  # the stock one rounds to float32 inside
             norm.forward = functools.partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
                                              eps=norm.variance_epsilon)
     inputs = vlm.inputs(SCENES, QUESTIONS, CAPTIONS)

@@ -1,67 +1,86 @@
 """
-Model folders: read one in transformers' format, from disk or the hub, or make one up with random weights.
+Model folders: read one in transformers' format, from disk or the hub.
 
     model, processor = read_model("llava-hf/llava-1.5-7b-hf", "cuda", torch.bfloat16)
-    model, _ = read_model("random:llava-1.5-7b", "meta", torch.bfloat16)            # takes no memory: for counting
 
-A folder can be wrong in many ways, and transformers answers with any type of error, or with a model that is partly
-random. All of it ends here in one line that names the folder and the cure. Nothing in a folder is executed.
+A folder can be wrong in many ways, and transformers answers with any type of error, or with a model
+that is partly random. All of it ends here in one line that names the folder and the cure. Nothing
+in a folder is executed, but for its chat template, in transformers' sandbox.
 """
+import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BatchFeature, GenerationConfig,
-                          LlavaForConditionalGeneration, LlavaNextProcessor, LlavaProcessor, PreTrainedConfig,
-                          ProcessorMixin, Qwen2VLImageProcessorPil)
-from transformers.initialization import no_init_weights
+import transformers
+from transformers import (AutoFeatureExtractor, AutoModelForImageTextToText, AutoTokenizer,
+                          GenerationConfig, LlavaForConditionalGeneration, PreTrainedConfig)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
+from common.architectures import random_model
 from common.files import ROOT, InputError, short
 
-UNUSED = ("inv_freq", "position_ids", "vision_model.head.")  # names in some weight files that no model has a need of
-VICUNA = dict(model_type="llama", vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
-QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=128000, rope_theta=1e6,
-            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
-RANDOM = {  # the published configurations, where they differ from the stock one of their class
-    "llava-1.5-7b": dict(model_type="llava", text_config=VICUNA),
-    "llava-next-7b": dict(model_type="llava_next", text_config=VICUNA),
-    "qwen2.5-vl-3b": dict(
-        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=2048, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                         intermediate_size=11008, vocab_size=151936), tie_word_embeddings=True),
-    "qwen2.5-vl-7b": dict(
-        model_type="qwen2_5_vl", vision_config=dict(hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                         intermediate_size=18944, vocab_size=152064)),
-}
+UNUSED = ("inv_freq", "position_ids", "vision_model.head.")  # in some weight files; no model needs them
+CURE = ("; give a folder with all files of one model in transformers' format, or a hub name with the "
+        "network at hand")
+# PaliGemma's own form of a prompt, for which it publishes no chat template
+PALIGEMMA = ("{% for message in messages %}{% for part in message['content'] %}"
+             "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}")
 
 
 @contextmanager
-def one_line(name, step):
+def one_line(name, step, cure=CURE):
     """Whatever goes wrong inside is an InputError of one line that begins with the model's name."""
     try:
         yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
     except torch.OutOfMemoryError:
         raise InputError(f"{name}: does not fit into the device's memory; try --dtype bfloat16") from None
-    except Exception as e:  # transformers and tokenizers raise errors of every type
-        raise InputError(f"{name}: {step} fails ({short(e)}); give a folder with all files of one model in "
-                         "transformers' format, or a hub name with the network at hand") from None
+    except ImportError as e:  # it says which package to install
+        raise InputError(f"{name}: {step} fails ({short(e)})") from None
+    except BaseException as e:  # of any type; a panic in tokenizers is not even an Exception
+        raise InputError(f"{name}: {step} fails ({short(e)}){cure}") from None
+
+
+@contextmanager
+def time_limit(seconds, what):
+    """TimeoutError if it takes longer inside. No limit beside the main thread, and on Windows."""
+    def stop(*_):
+        raise TimeoutError(f"{what} does not end within {seconds} s")
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def supported(kind):
-    if kind not in PROCESSORS:
-        raise InputError(f"model_type {kind!r} in config.json is not supported; it must be one of "
-                         f"{', '.join(PROCESSORS)}")
+    """The model_type of a config.json, if transformers has a vision-language model of that name."""
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or kind not in PROCESSOR_MAPPING_NAMES:
+        raise InputError(f"model_type {kind!r} in config.json is no model for pictures and text in "
+                         f"transformers {transformers.__version__}, as llava or qwen3_vl are")
     return kind
 
 
 def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None, part=None):
     """(model, processor) from a folder or the hub; (model, None) for 'random:' and a name in RANDOM.
 
-    part: a class to read in place of the model's own, as Encoder."""
+    part: a class to read in place of the model's own, as Encoder.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -71,19 +90,20 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
     if name.startswith("random:"):
         return random_model(name, device, dtype, attention), None
     if device.type == "meta":
-        raise InputError("--device meta: is for counting with a random: model, and computes nothing; try --device cpu")
+        raise InputError("--device meta: is for counting with a random: model, and computes nothing; "
+                         "try --device cpu")
     with one_line(name, "reading config.json"):
         source = find(name)
         kind = supported(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
         if part and kind != part.config_class.model_type:
-            raise InputError(f"is of type {kind}, and only {part.config_class.model_type} (LLaVA-1.5) can be read in "
-                             "part; use infer.py")
+            raise InputError(f"is of type {kind}, and only {part.config_class.model_type} (LLaVA-1.5) "
+                             "can be read in part; use infer.py")
     with one_line(name, "reading the weights"):
         model = read_weights(source, dtype, attention, device_map, part or AutoModelForImageTextToText)
         if device_map is None:
             model.to(device)
     with one_line(name, "reading tokenizer.json and the processor's files"):
-        return model, PROCESSORS[kind](source, trust_remote_code=False)
+        return model, read_processor(source, kind)
 
 
 class Encoder(LlavaForConditionalGeneration):
@@ -91,7 +111,7 @@ class Encoder(LlavaForConditionalGeneration):
     _keys_to_ignore_on_load_unexpected, _tied_weights_keys = ["language_model", "lm_head"], {}
 
     def __init__(self, config):
-        super().__init__(config)  # in no memory: from_pretrained() fills a model that is on the meta device
+        super().__init__(config)  # in no memory: from_pretrained() fills a model on the meta device
         self.lm_head = self.model.language_model = torch.nn.Identity()
 
     def get_input_embeddings(self):  # how many there are is all that is asked of it
@@ -99,7 +119,7 @@ class Encoder(LlavaForConditionalGeneration):
 
 
 def find(name):
-    """The folder of that name, or the hub name as it is. InputError if it is neither, or if the folder is not whole."""
+    """The folder of that name, or the hub name as it is. InputError if it is neither, or not whole."""
     folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError("no such model folder; give one in transformers' format or a hub name (owner/model)")
@@ -109,12 +129,13 @@ def find(name):
         if file.is_file():
             with open(file, "rb") as f:
                 if f.read(23) == b"version https://git-lfs":
-                    raise InputError(f"{file.name} is a Git LFS pointer, not the file; run git lfs pull in that folder")
+                    raise InputError(f"{file.name} is a Git LFS pointer, not the file; run git lfs pull "
+                                     "in that folder")
     return folder or name
 
 
 def read_weights(source, dtype, attention, device_map, model):
-    """The model, if its safetensors are what config.json describes: what is missing would be drawn at random."""
+    """The model, if its safetensors are what config.json describes: what is missing would be random."""
     model, report = model.from_pretrained(
         source, dtype=dtype, attn_implementation=attention, device_map=device_map, use_safetensors=True,
         trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -130,63 +151,79 @@ def read_weights(source, dtype, attention, device_map, model):
     return model
 
 
-def random_model(name, device, dtype, attention):
-    """The architecture `name`, made where and in the type that it is to have: a 7B in bfloat16 takes 14 GB."""
-    if name[7:] not in RANDOM:
-        raise InputError(f"{name}: no such architecture; there are {', '.join('random:' + known for known in RANDOM)}")
-    config = AutoConfig.for_model(**RANDOM[name[7:]])
-    with torch.device(device), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.tie_weights()
-    for key, p in model.named_parameters():  # matrices small and random, norms one, biases zero
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.02)
-        else:
-            torch.nn.init.constant_(p, not key.endswith("bias"))
-    return model
+def read_processor(source, kind):
+    """The stock processor for a model_type, whatever class its files name, and without its video part.
+
+    That would need torchvision, and no picture does.
+    """
+    readers = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor,
+               "feature_extractor": AutoFeatureExtractor}
+
+    class Processor(getattr(transformers, PROCESSOR_MAPPING_NAMES[kind])):
+        @classmethod
+        def _get_arguments_from_pretrained(cls, source, *_, **options):
+            parts = dict.fromkeys(cls.get_attributes())
+            for part in parts.keys() & readers:
+                parts[part] = readers[part].from_pretrained(source, **options)
+            return list(parts.values())
+
+        def check_argument_for_proper_class(self, name, part):
+            if part is not None:
+                super().check_argument_for_proper_class(name, part)
+
+    return Processor.from_pretrained(source, trust_remote_code=False)
+
+
+def image_token(config):
+    """The id that stands for the picture in a prompt, or None."""
+    for key in ("image_token_id", "image_token_index", "image_patch_id"):
+        if getattr(config, key, None) is not None:
+            return getattr(config, key)
 
 
 def complete(model, processor=None):
-    """Give the model greedy decoding, and its tokenizer the chat template and the special tokens that it lacks."""
-    old, image, pad = model.generation_config, model.config.image_token_id, 0
-    eos = old.eos_token_id
+    """Give the model greedy decoding, and its tokenizer the template and special tokens it lacks.
+
+    An answer ends at each end of text that the model or the tokenizer names.
+    InputError where config.json and the processor's files are not of one model.
+    """
+    old, tokenizer = model.generation_config, getattr(processor, "tokenizer", None)
+    ends = []
+    for end in (old.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+        ends += end if isinstance(end, list) else [end]
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
     if processor:
-        tokenizer, placeholder = processor.tokenizer, processor.image_token
-        known = tokenizer.convert_tokens_to_ids(placeholder)
-        if known != image:
-            raise InputError(f"the tokenizer's {placeholder} is {known}, config.json's image token {image}; correct "
-                             "image_token_id (or image_token_index) there")
-        eos = tokenizer.eos_token_id if eos is None else eos
-        if eos is None:
+        template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        if model.config.model_type == "paligemma":
+            template = template or PALIGEMMA
+        if not template:
+            raise InputError("has no chat template (chat_template.jinja); get it from where the model was "
+                             "published")
+        tokenizer.chat_template = template
+        if not ends:
             raise InputError("has no token for the end of a text; name eos_token in tokenizer_config.json")
         if tokenizer.eos_token is None:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos if isinstance(eos, int) else eos[0])
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
         if tokenizer.pad_token is None:  # any will do, since padding is masked
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        if not tokenizer.chat_template:
-            raise InputError("has no chat template (chat_template.jinja); get it from where the model was published")
-        pad = tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=old.bos_token_id, eos_token_id=eos,
-                                               pad_token_id=pad)
+        check_processor(model.config, processor)
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=old.bos_token_id, eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id if processor else 0)
 
 
-class QwenProcessor:
-    """Tokenizer and image processor. The stock Qwen2_5_VLProcessor needs torchvision, for videos."""
-    image_token = "<|image_pad|>"
-
-    def __init__(self, source, trust_remote_code=False):
-        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
-        self.chat_template = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")  # in one of three files
-        self.batch_decode = self.tokenizer.batch_decode
-
-    def __call__(self, images, text, **kwargs):
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        counts = pixels["image_grid_thw"].prod(1) // self.image_processor.merge_size ** 2
-        text = [t.replace(self.image_token, self.image_token * n) for t, n in zip(text, counts.tolist())]
-        return BatchFeature({**self.tokenizer(text, **kwargs), **pixels})
-
-
-PROCESSORS = {"llava": LlavaProcessor.from_pretrained, "llava_next": LlavaNextProcessor.from_pretrained,
-              "qwen2_5_vl": QwenProcessor}
+def check_processor(config, processor):
+    """InputError unless the processor's files and config.json mean the same token and the same tiles."""
+    tokenizer, token, known = processor.tokenizer, image_token(config), processor.image_token_ids
+    name = tokenizer.convert_ids_to_tokens(token)
+    if token not in known and name in tokenizer.get_added_vocab() and name in tokenizer.chat_template:
+        processor.image_token, processor.image_token_id = name, token  # the tokenizer names another
+    elif token not in known:
+        raise InputError(f"the tokenizer's {tokenizer.convert_ids_to_tokens(known[0])} is {known[0]}, "
+                         f"config.json's image token {token}; correct image_token_id (or "
+                         "image_token_index) there")
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    theirs = getattr(processor.image_processor, "image_grid_pinpoints", pinpoints)
+    if theirs != pinpoints:
+        raise InputError("image_grid_pinpoints differ in config.json and in the processor's files, so "
+                         "pictures would get wrong tiles; get both of one model")
