@@ -67,7 +67,8 @@ def answer_once(vlm, scorer, inputs, K, how, prefill, words):
     clock.mark()
     sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
     clock.mark()
-    out = prefill(**sequence, use_cache=True, logits_to_keep=1)
+    with vlm.telling(sequence) as given:
+        out = prefill(**given, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(-1)  # (B, 1)
     clock.mark()
     cache = out.get("cache") or out["past_key_values"]  # the key's name as CACHE
@@ -121,7 +122,8 @@ def summary(values):
 def rows_of(vlm, args):
     """{row: (inputs, K or None for all tokens, TFLOPs of the prefill)} for every batch size and budget."""
     inputs = vlm.dummy_inputs(1, args.text)
-    N, L = vlm.encode(inputs).shape[1], inputs["input_ids"].shape[1]
+    L = inputs["input_ids"].shape[1]
+    N = L - args.text
     counts = {f"all {N}": None, **{f"keep {budget.of(N)}": budget.of(N) for budget in budgets(args.keep, vlm)}}
     flops = prefill_flops(vlm, {L - N + (K or N) for K in counts.values()})
     rows = {}

@@ -31,7 +31,7 @@ from common.files import InputError, cli, portable, write
 from data.pictures import read_image, seen_by_model, sheet
 from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
 from data.questions import answer_file, read_questions, score
-from model import DTYPES, add_device_arguments, load, number_type
+from model import DTYPES, add_device_arguments, load, number_type, take
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
 
@@ -116,13 +116,23 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
 
 @torch.no_grad()
 def image_cache(vlm, inputs, X, keep=None):
-    """Keys and values of the prompt up to the image's last token: the same for every question about the image."""
+    """Keys and values of the prompt up to the image's last token: the same for every question about it.
+
+    None where they are not: the image's tokens look ahead at the question (PaliGemma), or a recurrent
+    layer reads.
+    """
     after = inputs["input_ids"][0].flip(0).eq(vlm.image_id).int().argmax()  # text tokens behind the image
     sequence = vlm.embed(inputs, X, keep)
-    length = sequence["attention_mask"].shape[1] - after
-    prefix = {name: t[:, :length] if name == "inputs_embeds" else t[..., :length] for name, t in sequence.items()}
-    cache = DynamicCache(config=vlm.model.config.text_config)
-    vlm.model.model.language_model(**prefix, **{CACHE: cache})
+    told = sequence.pop("told", {})
+    before = torch.arange(sequence["attention_mask"].shape[1] - after, device=X.device)[None]  # (1, L'')
+    mask = told.get("attention_mask")
+    looks_ahead = torch.is_tensor(mask) and mask[..., before[0], before.shape[1]:].any()
+    if looks_ahead or not vlm.exact:
+        return None
+    sequence.pop("input_ids", None)
+    prefix = {name: take(value, name, before) for name, value in (sequence | told).items()}
+    cache = DynamicCache(config=vlm.model.config.get_text_config(decoder=True))
+    vlm.decoder(**prefix, **{CACHE: cache})
     return cache
 
 

@@ -13,8 +13,8 @@ language model (LLM) listens to what that is told, then ends the call. So embedd
 masks are the stock model's own. Pruning takes the rows of the dropped tokens out of all of them.
 
 A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the
-full sequence with the dropped tokens masked out in every layer, and keeping all tokens exactly equal
-to the stock model. load() checks both on the model at hand before anything is done with it.
+full sequence with the dropped tokens masked out in every layer, and keeping all tokens exactly
+equal to the stock model. load() checks both on the model at hand before it is used.
 
 X are the tokens as they enter the LLM, behind the projector. For LLaVA-1.5 alone, they are taken
 before it, as in the papers. Where pictures of a batch have different numbers of tokens, X is padded
@@ -31,23 +31,23 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from common import architectures
-from common.files import InputError
-from common.weights import (complete, find, image_token, one_line, read_model, read_processor,
-                            supported, time_limit)
+from common.files import InputError, short
+from common.weights import (complete, find, hushed, image_token, one_line, read_model,
+                            read_processor, supported, time_limit)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# what a stock model may tell its LLM, by the shape of it
-ROWS = ("inputs_embeds", "per_layer_inputs")  # (B, L, …)
-PLACES = ("position_ids", "attention_mask", "token_type_ids", "moe_mm_token_type_ids", "visual_pos_masks",
-          "input_ids", "labels", "shown", "visual")  # (…, L); or an attention_mask (B, 1, L, L)
+# what a stock model may tell its LLM, by shape
+ROWS = {"inputs_embeds", "per_layer_inputs"}  # (B, L, …)
+PLACES = {"position_ids", "attention_mask", "token_type_ids", "moe_mm_token_type_ids",
+          "visual_pos_masks"}  # (…, L), or attention_mask (B, 1, L, L)
 DEEP = "deepstack_visual_embeds"  # for each of the first layers (visual tokens of all rows, D)
 
 
 def add_device_arguments(parser):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (default here: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type of the frozen VLM (default: bfloat16 "
-                        "on a GPU, float32 elsewhere)")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type of the frozen VLM "
+                        "(default: bfloat16 on a GPU, float32 elsewhere)")
 
 
 def number_type(args):
@@ -59,11 +59,11 @@ def number_type(args):
 def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
     """A frozen VLM from a folder (also relative to this repository) or a hub name.
 
-    `model` may also be a transformers model that is loaded already: it is frozen in place. processor:
-    else its own. 'random:NAME' (see common/architectures.py): the true architecture, random weights
-    and no processor, for timing; on device "meta" without weights, for counting. attention and
-    device_map are those of from_pretrained(). InputError for whatever is wrong with the model: before
-    anything else it must answer a trial question, and pass the self-check.
+    `model` may also be a transformers model that is loaded already: it is frozen in place. Without
+    `processor` its own is read. 'random:NAME' (see common/architectures.py): the true architecture,
+    random weights and no processor, for timing; on device "meta" without weights, for counting.
+    attention and device_map are those of from_pretrained(). InputError for whatever is wrong with
+    the model: before anything else it must answer a trial question, and pass the self-check.
     """
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
@@ -73,7 +73,7 @@ def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=No
     else:
         name = str(model)
         model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)
-    with one_line(name, "a trial question about a grey picture"):
+    with one_line(name, "a trial question about a grey picture"), hushed():
         tower = getattr(model.config, "vision_config", None)
         papers = model.config.model_type == "llava" and tower.model_type in Llava.TOWERS
         vlm = (Llava if papers else VLM)(model, processor, name)
@@ -81,37 +81,47 @@ def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=No
             vlm.trial()
             vlm.self_check()
     if processor and not vlm.exact:
-        print(f"{name}: has recurrent layers, which no mask reaches: with all tokens it is the stock model, "
-              "pruned it reads a shorter sequence", file=sys.stderr)
+        print(f"{name}: has recurrent layers, which no mask reaches: with all tokens it is the "
+              "stock model, pruned it reads a shorter sequence", file=sys.stderr)
     return vlm
 
 
-def at_places(values, places, skip=0):
-    """(B, L, …): in each row, the values (B, N, …) from `skip` on at the places (B, L) that are True.
-
-    Elsewhere stands a value without meaning. Unlike indexing with a mask, this waits for no device.
-    """
-    i = (places.cumsum(1) - 1 + skip).clamp(0, values.shape[1] - 1)  # (B, L)
+def rows_at(values, i):
+    """Of the values (B, N, …) in each row those of index i (B, L), (B, L, …)."""
     i = i.view(*i.shape, *[1] * (values.dim() - 2))
     return values.gather(1, i.expand(-1, -1, *values.shape[2:]))
 
 
+def at_places(values, places, skip=0):
+    """(B, L, …): in each row the values (B, N, …), from `skip` on, where places (B, L) is True.
+
+    Elsewhere stands a value without meaning. Unlike indexing with a mask, this waits for no device.
+    """
+    i = (places.cumsum(1) - 1 + skip).clamp(0, values.shape[1] - 1)  # (B, L)
+    return rows_at(values, i)
+
+
 def take(value, name, order):
-    """Of what is told under that name, the places order (B, L'). A dict of masks: of each of them."""
+    """What is told under that name, only of the places order (B, L')."""
     if isinstance(value, dict):
         return {kind: take(mask, name, order) for kind, mask in value.items()}
     if not torch.is_tensor(value):
         return value
-    B, short = order.shape
     if name in ROWS:
-        i = order.view(B, short, *[1] * (value.dim() - 2))
-        return value.expand(B, *value.shape[1:]).gather(1, i.expand(-1, -1, *value.shape[2:]))
+        return rows_at(value, order)
+    B, short = order.shape
     if value.dim() == 4:  # a mask (B, heads, L, L): rows, then columns
         value = value.expand(B, -1, -1, -1)
         heads, L = value.shape[1], value.shape[3]
         value = value.gather(2, order[:, None, :, None].expand(B, heads, short, L))
         return value.gather(3, order[:, None, None, :].expand(B, heads, short, short))
     return value.gather(-1, order.expand(*value.shape[:-1], short))
+
+
+def has_masks(told):
+    """Whether the stock model makes masks of its own: (B, 1, L, L), or a dict of such."""
+    mask = told.get("attention_mask")
+    return isinstance(mask, dict) or torch.is_tensor(mask) and mask.dim() == 4
 
 
 def is_kept(keep, N):
@@ -134,20 +144,24 @@ class Heard(Exception):
 class VLM:
     """A frozen model: no parameter requires a gradient, but gradients pass through to its inputs.
 
-    width: d_v, the LLM's width, times `levels`, which is 1 + those that deepstack adds in later layers.
-    tokens: N, or None where it varies from picture to picture. image_id: the placeholder's token id.
-    context: the longest sequence in which no window hides a token. form: the tokens of a prompt beside
+    width: d_v, the LLM's times `levels`: 1, and those that deepstack adds in later layers.
+    tokens: N, or None where it varies by the picture. image_id: the placeholder's token id.
+    context: the longest sequence in which no window hides a token. form: tokens of a prompt beside
     picture and question. exact: pruning equals masking. decoder: the LLM without its head.
     """
 
     def __init__(self, model, processor, name):
-        self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.name = name
         config, text = model.config, model.config.get_text_config(decoder=True)
-        self.decoder, self.image_id = model.get_decoder(), image_token(config)
+        self.decoder = model.get_decoder()
+        self.image_id = image_token(config)
         if self.image_id is None or self.decoder in (None, model) or config.is_encoder_decoder:
-            raise InputError("its class has no token that stands for a picture, or no language model of "
-                             "its own; give another model")
-        self.tokens, self.form = None, 0
+            raise InputError("its class has no token that stands for a picture, or no language "
+                             "model of its own; give another model")
+        self.tokens = None
+        self.form = 0
         vision = getattr(config, "vision_config", None)
         self.levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
         self.width = text.hidden_size * self.levels
@@ -163,7 +177,7 @@ class VLM:
             self.placeholders = names - {None}
 
     def set_context(self, text):
-        """How long a sequence may be: the least of positions, sliding window and attention chunk."""
+        """How long a sequence may be: the least of positions, window and attention chunk."""
         kinds = set(getattr(text, "layer_types", None) or ())
         limits = {"context": text.max_position_embeddings}
         if "sliding_attention" in kinds or not kinds and getattr(text, "sliding_window", None):
@@ -187,8 +201,8 @@ class VLM:
         grey = Image.new("RGB", (64, 48), "grey")
         ids = self.inputs([grey, grey], ["What?", "Where?"])["input_ids"]
         if ids[0].equal(ids[1]):
-            raise InputError("two questions become the same prompt, so the model would not hear them; mend "
-                             "chat_template.jinja or tokenizer.json")
+            raise InputError("two questions become the same prompt, so none would be heard; "
+                             "mend chat_template.jinja or tokenizer.json")
         inputs = self.inputs([grey], ["?"])
         X = self.encode(inputs)  # (1, N, d_v)
         text = (inputs["input_ids"] != self.image_id).sum().item()
@@ -198,7 +212,7 @@ class VLM:
 
     @torch.no_grad()
     def self_check(self):
-        """InputError unless, about a picture of noise, the method's two equalities hold on this model."""
+        """InputError unless the method's two equalities hold on this model, on noise."""
         def last(logits):
             return logits[:, -1].float().log_softmax(-1)
 
@@ -221,8 +235,9 @@ class VLM:
         error, effect = ((t - masked).abs().max().item() for t in (pruned, full))
         share = 0.25 if self.model.dtype.itemsize == 2 else 0.01
         if self.exact and not error <= max(share * effect, 1e-3):
-            raise InputError(f"pruning is not masking: log-probabilities differ by {error:.2g}, where hiding "
-                             f"two thirds of a picture changes them by {effect:.2g}; give another model")
+            raise InputError(f"pruning is not masking: log-probabilities differ by {error:.2g}, "
+                             f"and by {effect:.2g} where two thirds of a picture are hidden; give "
+                             "another model")
 
     def recompute(self):
         """Gradient checkpointing: the backward pass computes the LLM's activations once more."""
@@ -236,9 +251,11 @@ class VLM:
         enable({"use_reentrant": False})
 
     def memory(self, learned, B, recompute=False):
-        """Bytes of a training step by part: B images, captions of 20 tokens, `learned` parameters."""
-        c, size, N = self.model.config.get_text_config(), self.model.dtype.itemsize, self.tokens or 2880
-        D, F, layers, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers, N + 40
+        """Bytes of a training step by part: B images, captions of 20 tokens, so many parameters."""
+        c, size = self.model.config.get_text_config(), self.model.dtype.itemsize
+        D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+        N = self.tokens or 2880
+        L = N + 40
         # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the
         # inputs of two norms in float32; q, k, v and the attention's output (D each), a number for
         # each head; three tensors of the MLP's width F.
@@ -246,16 +263,16 @@ class VLM:
         kept = L * layers * layer
         if recompute:
             kept = L * (layers * D * size + layer)
-        kept += 4 * N * (48 * min(self.width, 1024) + 12 * self.width)  # scorer, gate and denoiser
-        kept += 6 * N * N  # the ranking: the likeness of all pairs, and which is the better
+        kept += 4 * N * (48 * min(self.width, 1024) + 12 * self.width)  # scorer, gate, denoiser
+        kept += 6 * N * N  # the ranking: how alike all pairs are, and which is the better
         kept += 20 * c.vocab_size * (size + 8)  # logits
         own = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
         frozen = sum(p.numel() * p.element_size() for p in own)  # of a shard, only its part
-        # 16: AdamW's moments, too; the gate's L is d_v²
-        return {"frozen": frozen, "learned": 16 * learned + 4 * self.width ** 2, "activations": B * kept}
+        learned = 16 * learned + 4 * self.width ** 2  # with AdamW's moments; the gate's L
+        return {"frozen": frozen, "learned": learned, "activations": B * kept}
 
     def images_that_fit(self, learned, free_bytes, recompute=False):
-        """How many images fit at once beside the frozen model; a tenth of what is free is a reserve."""
+        """How many images fit at once beside the frozen model; a tenth of the room is a reserve."""
         plan = self.memory(learned, 1, recompute)
         return max(0, int((0.9 * free_bytes - plan["learned"]) // plan["activations"]))
 
@@ -264,9 +281,9 @@ class VLM:
     def inputs(self, images, questions, answers=None):
         """Tensors for B pictures (PIL) and B questions in the model's own chat form.
 
-        input_ids, attention_mask (B, L), left-padded; pixel_values and what else the processor gives;
-        with answers (captions), which then follow the prompt, also labels (B, L): the answer's tokens
-        and the end of text, -100 elsewhere. valid (B, N) where the pictures differ in N.
+        input_ids, attention_mask (B, L), left-padded; pixel_values and what else the processor
+        gives; valid (B, N) where the pictures differ in N; with answers (captions), which follow
+        the prompt, labels (B, L): the answer's tokens and the end of text, -100 elsewhere.
         InputError for a picture that the processor refuses, and a text that does not fit.
         """
         for question in questions:
@@ -278,12 +295,13 @@ class VLM:
 
     def prompts(self, questions):
         """Each question in the model's chat form, with the placeholder of one picture."""
-        tokenizer, prompts = self.processor.tokenizer, []
+        tokenizer, chats = self.processor.tokenizer, []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
-            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        if tokenizer(prompts[0]).input_ids[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, too
+            chats.append([{"role": "user", "content": content}])
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        begins = tokenizer(prompts[0]).input_ids[:2]
+        if begins == [tokenizer.bos_token_id] * 2:  # the template writes it, too
             prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
         return prompts
 
@@ -291,7 +309,7 @@ class VLM:
         """What the processor makes of pictures and texts, and labels if there are answers."""
         tokenizer, texts = self.processor.tokenizer, prompts
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        # PaliGemma reads a prompt in both directions, an answer in one: its processor tells them apart
+        # PaliGemma reads a prompt in both directions, an answer in one: its processor marks both
         suffixed = self.model.config.model_type == "paligemma"
         if answers is not None and suffixed:
             options["suffix"] = answers
@@ -299,14 +317,15 @@ class VLM:
             spaces = [" " * (not prompt[-1:].isspace()) for prompt in prompts]
             texts = [p + s + a + tokenizer.eos_token for p, s, a in zip(prompts, spaces, answers)]
         with one_line("the model's processor", "reading picture and text", cure=""):
-            inputs = self.processor(images=[[image] for image in images], text=list(texts), **options)
+            images = [[image] for image in images]
+            inputs = self.processor(images=images, text=list(texts), **options)
         ids = inputs["input_ids"] * inputs["attention_mask"]  # padding: token 0, any would do
         inputs["input_ids"] = ids
         labels = inputs.pop("labels", None)
         if answers is not None:
             if not suffixed:
-                whole, before = tokenizer(texts).input_ids, tokenizer(prompts).input_ids
-                lengths = torch.tensor([len(w) - len(b) for w, b in zip(whole, before)])  # of the answers
+                pairs = zip(tokenizer(texts).input_ids, tokenizer(prompts).input_ids)
+                lengths = torch.tensor([len(text) - len(prompt) for text, prompt in pairs])
                 from_end = torch.arange(ids.shape[1] - 1, -1, -1)  # L-1 … 0
                 labels = ids.where(from_end < lengths[:, None], -100)
             inputs["labels"] = labels
@@ -315,32 +334,35 @@ class VLM:
     def check_text(self, text, where):
         """InputError for a question, or a prompt and its caption, that the model cannot take.
 
-        A token is at least a byte, so few texts need counting. Where N varies, check_length() counts
-        the picture's part. `where` says which text it is.
+        A token is at least a byte, so few texts need counting. Where N varies, check_length()
+        counts the picture's part. `where` says which text it is.
         """
         for placeholder in self.placeholders:
             if placeholder in text:
-                raise InputError(f"{where} has {placeholder} in it, which stands for the picture; take it out")
+                raise InputError(f"{where} has {placeholder} in it, which stands for the picture; "
+                                 "take it out")
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
-            raise InputError(f"{where} has half a character in it (a lone surrogate); take it out") from None
+            raise InputError(f"{where} has half a character in it (a lone surrogate); take it "
+                             "out") from None
         room = self.context - self.form - (self.tokens or 0)
         if size > room and len(self.processor.tokenizer(text).input_ids) > room:
-            raise InputError(f"{where} is longer than the {room} tokens left in the model's {self.limit}; "
-                             "shorten it")
+            raise InputError(f"{where} is longer than the {room} tokens left in the model's "
+                             f"{self.limit}; shorten it")
 
     def check_length(self, ids):
-        """InputError for a sequence that is too long, or with a token that the model does not know."""
+        """InputError for too long a sequence, or a token that the model does not know."""
         L, known = ids.shape[1], len(self.model.get_input_embeddings().weight)
         if L > self.context:
             raise InputError(f"picture and text are {L} tokens, and the model's {self.limit} is "
                              f"{self.context}; shorten one")
         if (ids.masked_fill(ids == self.image_id, 0) >= known).any():
-            raise InputError(f"the tokenizer uses tokens above the model's {known}; get both of one model")
+            raise InputError(f"the tokenizer uses tokens above the model's {known}; get both of "
+                             "one model")
 
     def check_places(self, inputs):
-        """InputError unless each prompt has as many places as the model makes tokens of its picture."""
+        """InputError unless prompts have as many places as the model makes tokens of a picture."""
         places = self.visual(inputs).sum(1)  # (B,)
         tokens = architectures.tokens_of_each(self.model, inputs)
         if tokens is None:
@@ -348,11 +370,11 @@ class VLM:
         wrong = (places != tokens) | (places == 0)
         if wrong.any():
             i = wrong.int().argmax()
-            raise InputError(f"a prompt has {places[i]} places for {tokens[i]} visual tokens of its picture; "
+            raise InputError(f"a prompt has {places[i]} places for {tokens[i]} visual tokens; "
                              "mend the chat template, or the processor's files by config.json")
 
     def dummy_inputs(self, batch=1, text_tokens=95, image_size=(672, 672)):
-        """As inputs(), without a tokenizer: noise for pictures of (height, width), equal text tokens."""
+        """As inputs(), without a tokenizer: noise for pictures of (height, width), any text."""
         pixels, places = architectures.dummy_pixels(self.model, batch, image_size, self.tokens)
         ids = torch.ones(batch, places + text_tokens, dtype=torch.long)
         ids[:, 1:1 + places] = self.image_id
@@ -365,7 +387,7 @@ class VLM:
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[name] = value.to(self.model.dtype)
         inputs.update(ragged(self.visual(inputs).sum(1).tolist()))
-        if torch.utils.data.get_worker_info():  # a worker process of train.py must not touch the GPU
+        if torch.utils.data.get_worker_info():  # a worker of train.py must not touch the GPU
             return inputs
         return inputs.to(self.model.device)
 
@@ -374,7 +396,7 @@ class VLM:
         return inputs["input_ids"] == self.image_id
 
     def boxes(self, inputs):
-        """(N, 4): x0, y0, x1, y1 of each token in the first picture, 0 … 1; 0 if it is no patch."""
+        """(N, 4): x0, y0, x1, y1 of the first picture's tokens, 0 … 1; all 0 if one is no patch."""
         return architectures.boxes(self.model, inputs, self.tokens)
 
     # --- from pictures to visual tokens -----------------------------------------------------------
@@ -390,8 +412,8 @@ class VLM:
     def hear(self, inputs, **changes):
         """What the stock model would tell its LLM, which does not run: {name: tensor}.
 
-        inputs_embeds (B, L, D) and position_ids (…, B, L) are among it. Without pixels, the embeddings
-        at the picture's places mean nothing. InputError if it tells what cannot be pruned.
+        inputs_embeds (B, L, D) and position_ids (…, B, L) are among it. Without pixels, what is at
+        the picture's places means nothing. InputError if it tells what cannot be pruned.
         """
         def stop(module, args, told):
             raise Heard(told)
@@ -403,25 +425,26 @@ class VLM:
         except Heard as heard:
             told, = heard.args
         except (ValueError, IndexError) as e:  # the stock model compares places and tokens, too
-            raise InputError(f"the model cannot read picture and prompt ({e}); mend the processor's files by "
-                             "config.json") from None
+            raise InputError(f"the model cannot read picture and prompt ({short(e)}); mend the "
+                             "processor's files by config.json") from None
         finally:
             hook.remove()
         if told.get("inputs_embeds") is None:
-            raise InputError("its class gives the language model no embeddings with the picture in them; "
-                             "give another model")
-        told = {name: t for name, t in told.items() if isinstance(t, (torch.Tensor, dict, list, tuple))}
+            raise InputError("its class gives the language model no embeddings with the picture in "
+                             "them; give another model")
+        kinds = torch.Tensor, dict, list, tuple
+        told = {name: value for name, value in told.items() if isinstance(value, kinds)}
         told.pop("cache_position", None)
-        for name in told.keys() - {*ROWS, *PLACES, DEEP}:
-            raise InputError(f"its class tells the language model {name}, too, and how to prune that is not "
-                             "known; give another model")
+        for name in told.keys() - ROWS - PLACES - {DEEP}:
+            raise InputError(f"its class tells the language model {name}, too, and how to prune "
+                             "that is not known; give another model")
         mask = inputs["attention_mask"]
         positions = told.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
         return {**told, "position_ids": positions.expand(*positions.shape[:-2], *mask.shape)}
 
     @torch.no_grad()
     def encode(self, inputs):
-        """X (B, N, d_v): what stands at the picture's places, and beside it what deepstack adds there."""
+        """X (B, N, d_v): what stands at the picture's places, and what deepstack adds there."""
         told = self.hear(inputs)
         X = told["inputs_embeds"][self.visual(inputs)]  # (tokens of all rows, D)
         X = torch.cat([X, *told.get(DEEP, [])], -1)  # (tokens of all rows, d_v)
@@ -437,18 +460,18 @@ class VLM:
     # --- from visual tokens to an answer ----------------------------------------------------------
 
     def embed(self, inputs, X, keep=None):
-        """The sequence for the LLM, of which the stock model's call and generate() are given
+        """The sequence for the LLM, a dict that the stock model is called with:
 
-            inputs_embeds (B, L', D), attention_mask (B, L'), position_ids (…, B, L') (and labels).
+            inputs_embeds (B, L', D), attention_mask (B, L'), position_ids (…, B, L') (and labels)
 
-        X (B, N, d_v) takes the picture's places. With keep (B, K), only those tokens do: L' = L - N + K,
-        and each that stays has the position that it had in the full sequence.
+        X (B, N, d_v) takes the picture's places. With keep (B, K), only those tokens do, so that
+        L' = L - N + K, and each that stays has the position that it had in the full sequence:
 
-            full sequence   <s>  x0  x1  x2  Why?          keep [0, 2]   <s>  x0  x2  Why?
-            positions        0   1   2   3    4                           0   1   3    4
+            all       <s>  x0  x1  x2  Why?        keep [0, 2]    <s>  x0  x2  Why?
+            position   0   1   2   3    4                          0   1   3    4
 
-        -1 in keep stands for no token, at the left of the tokens of an image that keeps fewer than K.
-        Where a class is told more than can be given from outside, it is under "told"; see telling().
+        -1 in keep stands for no token, at the left of those of an image that keeps fewer than K.
+        What the LLM is told beside that, in some classes, is under "told"; see telling().
         """
         shown = inputs["attention_mask"].bool()  # (B, L), what the LLM is to see
         visual, first = self.visual(inputs), 0  # (B, L)
@@ -458,39 +481,34 @@ class VLM:
         told |= {"shown": shown, "visual": visual & shown}
         told |= {name: inputs[name] for name in ("input_ids", "labels") if name in inputs}
         if keep is not None:
-            # a stable sort brings what is dropped to the left, beside the padding; the rest keeps its order
+            # a stable sort brings what is dropped to the left, beside the padding; else order stays
             dropped = X.shape[1] - keep.shape[1]
             if "valid" in inputs:
                 dropped = (~shown).sum(1).min()
             order = shown.int().argsort(dim=1, stable=True)[:, dropped:]  # (B, L')
             told = {name: take(value, name, order) for name, value in told.items()}
-            X = X.gather(1, keep.clamp_min(0)[..., None].expand(-1, -1, X.shape[-1]))  # (B, K, d_v)
+            X = rows_at(X, keep.clamp_min(0))  # (B, K, d_v)
             first = (keep < 0).sum(1, keepdim=True)  # (B, 1), of each row's real tokens
         return self.fill(told, X, first)
 
     def hear_text(self, inputs, shown=None):
         """What the LLM is told, of the full length L, but for the picture's embeddings.
 
-        Positions are those of the full sequence. Masks that a class makes of its own are made as if what
-        is not shown (B, L) were padding.
+        Positions are those of the full sequence. Masks of a class's own are made as if what is not
+        shown (B, L) were padding.
         """
         text = {name: t for name, t in inputs.items() if not name.startswith("pixel")}
         told = self.hear(text)
-        if not self.has_masks(told):
+        if not has_masks(told):
             told.pop("attention_mask", None)
         elif shown is not None:
             told = self.hear(text, attention_mask=shown.long(), position_ids=told["position_ids"])
         return told
 
-    @staticmethod
-    def has_masks(told):
-        """Whether the stock model makes masks of its own: (B, 1, L, L), or a dict of such."""
-        mask = told.get("attention_mask")
-        return isinstance(mask, dict) or torch.is_tensor(mask) and mask.dim() == 4
-
     def fill(self, told, X, first=0):
-        """Put tokens X (B, K, d_v), in each row from `first` (B, 1) on, at the visual places of a sequence."""
-        shown, visual, ids, text = (told.pop(k) for k in ("shown", "visual", "input_ids", "inputs_embeds"))
+        """Put tokens X (B, K, d_v), from `first` (B, 1) on in each row, at the visual places."""
+        shown, visual = told.pop("shown"), told.pop("visual")  # (B, L')
+        ids, text = told.pop("input_ids"), told.pop("inputs_embeds")
         Z = self.project(X.to(self.model.dtype)).to(text.device)  # (B, K, D·levels)
         Z, *deep = at_places(Z, visual, first).split(text.shape[-1], -1)  # (B, L', D) each
         embeds = torch.where(visual[..., None], Z, text)  # out of place, so that gradients pass
@@ -501,7 +519,7 @@ class VLM:
                 sequence[name] = told.pop(name)
         if deep:
             told |= {"visual_pos_masks": visual, DEEP: [level[visual] for level in deep]}
-        if self.by_ids:  # generate() takes no embeddings: it is given ids, and the LLM is told the rest
+        if self.by_ids:  # generate() takes no embeddings: it gets ids, and the LLM is told the rest
             told["inputs_embeds"] = sequence.pop("inputs_embeds")
             sequence = {"input_ids": ids, **sequence}
         return {**sequence, "told": told} if told else sequence
@@ -537,10 +555,10 @@ class VLM:
     def loss(self, inputs, X, keep=None):
         """Next-token loss on the labels (the caption), in nats per token.
 
-        NaN where a feature or logit is no number. A caption ends its row, so the last logits will do.
+        NaN where a feature or logit is no number. A caption ends its row: the last logits will do.
         """
         words = int((inputs["labels"] != -100).sum(1).max())
-        logits = self.logits(inputs, X, keep, words + 1)[:, :-1]  # (B, words, V), each before its word
+        logits = self.logits(inputs, X, keep, words + 1)[:, :-1]  # (B, words, V), before each word
         labels = inputs["labels"][:, -words:].to(logits.device)
         logits, labels = logits[labels != -100], labels[labels != -100]
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
@@ -565,11 +583,12 @@ class VLM:
             return ids.shape[1] - start >= room
 
         with self.telling(sequence) as given:
-            ids = self.model.generate(**given, max_new_tokens=max_new_tokens, logits_processor=[watch],
-                                      stopping_criteria=[at_the_end], **options)
+            ids = self.model.generate(
+                **given, max_new_tokens=max_new_tokens, logits_processor=[watch],
+                stopping_criteria=[at_the_end], **options)
         if not all(finite):
-            raise InputError("features or logits are no finite numbers: the weights are damaged, or overflow "
-                             "in this number type; try --dtype float32")
+            raise InputError("features or logits are no finite numbers: the weights are damaged, "
+                             "or overflow in this number type; try --dtype float32")
         answers = self.processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return [text.strip() for text in answers]
 
@@ -592,7 +611,8 @@ class Llava(VLM):
         self.tokens = self.side ** 2 + class_token - self.first
         self.width = vision.hidden_size * len(self.layers)
         if processor:  # it must count the class token, or it lays out N - 1 places for N tokens
-            processor.num_additional_image_tokens, processor.patch_size = class_token, vision.patch_size
+            processor.num_additional_image_tokens = class_token
+            processor.patch_size = vision.patch_size
             processor.vision_feature_select_strategy = strategy
 
     @torch.no_grad()

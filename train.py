@@ -90,7 +90,8 @@ def temperature(t):
 def feature_statistics(vlm, batches, seed, per_image=32):
     """(mean (d,), L (d, d), the most tokens that an image has), by some training images.
 
-    Of each image `per_image` tokens count, drawn at random.
+    Of each image `per_image` tokens count, drawn at random. What deepstack adds in later layers is
+    whitened level by level: L is block-diagonal.
     """
     tokens, most, g = [], 0, generator(seed, "tokens")
     for _, inputs in batches:
@@ -100,7 +101,9 @@ def feature_statistics(vlm, batches, seed, per_image=32):
             some = torch.randperm(n, generator=g)[:per_image]
             tokens.append(x[some.to(x.device)])
         most = max(most, *counts)
-    return *whitening(torch.cat(tokens)), most
+    levels = torch.cat(tokens).chunk(vlm.levels, -1)
+    mean, L = zip(*[whitening(level) for level in levels])
+    return torch.cat(mean), torch.block_diag(*L), most
 
 
 def noise_for(vlm, inputs, samples, seed):

@@ -91,7 +91,7 @@ class Processes:
         from torch.distributed.device_mesh import init_device_mesh  # not in every build of torch
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(self.device.partition(":")[0], (self.world,))
-        for layer in vlm.model.model.language_model.layers:
+        for layer in vlm.decoder.layers:
             fully_shard(layer, mesh=mesh)  # moves it to the device, too
         vlm.model.to(self.device)
 

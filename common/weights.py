@@ -7,7 +7,9 @@ A folder can be wrong in many ways, and transformers answers with any type of er
 that is partly random. All of it ends here in one line that names the folder and the cure. Nothing
 in a folder is executed, but for its chat template, in transformers' sandbox.
 """
+import os
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,20 @@ def one_line(name, step, cure=CURE):
         raise InputError(f"{name}: {step} fails ({short(e)})") from None
     except BaseException as e:  # of any type; a panic in tokenizers is not even an Exception
         raise InputError(f"{name}: {step} fails ({short(e)}){cure}") from None
+
+
+@contextmanager
+def hushed():
+    """Nothing written inside reaches standard error: a panic in tokenizers fills pages there."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 @contextmanager
@@ -102,7 +118,7 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
         model = read_weights(source, dtype, attention, device_map, part or AutoModelForImageTextToText)
         if device_map is None:
             model.to(device)
-    with one_line(name, "reading tokenizer.json and the processor's files"):
+    with one_line(name, "reading tokenizer.json and the processor's files"), hushed():
         return model, read_processor(source, kind)
 
 
