@@ -966,7 +966,7 @@ def test_a_box_is_where_its_token_looks(backbone):
         numbers = torch.arange(N) - int(vlm.tokens == 17)  # 17: with the class token of 'full'
         if "image_sizes" in dark:
             numbers, (rows, columns) = architectures.pack(vlm.model, dark["image_sizes"][0])
-            assert nowhere.sum() == (numbers == -1).sum() > 2
+            assert nowhere.sum() == (numbers == -1).sum() > 1
         assert boxes.shape == (N, 4) and (boxes[patches, 2:] > boxes[patches, :2]).all()
         for i in patches[::5]:
             picture = Image.new("RGB", size)
@@ -1244,8 +1244,8 @@ def said_by(vlm):
     ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
     ("config.json", {"image_token_index": 5, "image_token_id": 5}, "<image> is 4, .*image token 5"),
     ("tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}', "tokenizer.json"),
-    ("processor_config.json", {"image_processor": {"crop_size": {"height": 64, "width": 64}}}, "grey picture.*64"),
-    ("processor_config.json", {"image_processor": {"do_center_crop": False}}, "grey picture"),  # fits squares only
+    ("processor_config.json", {"image_processor": {"crop_size": {"height": 64, "width": 64}}}, "64 places for 144"),
+    ("processor_config.json", {"image_processor": {"do_center_crop": False}}, "192 places for 144"),  # fits squares only
     ("chat_template.jinja", None, "no chat template"),
     ("chat_template.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "picture and text fails"),
     ("chat_template.jinja", TEMPLATE.replace("content['text']", "''"), "two questions become the same prompt"),
@@ -1960,7 +1960,7 @@ def test_random_architectures_have_the_published_sizes_and_readme_counts_the_flo
             ("llava-1.5-7b", 7063427072, 576, 1024)):
         vlm = load("random:" + name, "meta", torch.bfloat16)
         assert sum(p.numel() for p in vlm.model.parameters()) == parameters
-        assert vlm.visual(vlm.dummy_inputs(2, 95)).sum(1).tolist() == [N, N]
+        assert vlm.dummy_inputs(2, 95)["input_ids"].shape == (2, N + 95)
         assert vlm.width == width
     L = vlm.dummy_inputs(1, 95)["input_ids"].shape[1]
     full, pruned = (flops / 1e12 for flops in bench.prefill_flops(vlm, [L, L - 576 + 64]).values())
