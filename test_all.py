@@ -1325,6 +1325,92 @@ class OnePlaceFewer:
         return inputs
 
 
+def test_an_answer_ends_at_either_end_of_text_and_where_the_context_ends(vlm, tmp_path, monkeypatch):
+    """The end of the tokenizer counts beside that of generation_config.json; a shorter question leaves more room."""
+    inputs = vlm.inputs(SCENES, QUESTIONS)
+    X, whole = vlm.encode(inputs), said_by(vlm)[1]
+    for ends in (0, [], [0, 7]):
+        folder = changed(tmp_path / repr(ends), "generation_config.json", {"eos_token_id": ends})
+        assert said_by(load(folder))[1] == whole
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", [0])
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    rooms = [max(lengths) + 2 - n for n in lengths]
+    alone = [vlm.generate(vlm.inputs([picture], [text]), X[i:i + 1], max_new_tokens=rooms[i])[0]
+             for i, (picture, text) in enumerate(zip(SCENES, QUESTIONS))]
+    monkeypatch.setattr(vlm, "context", max(lengths) + 2)
+    assert vlm.generate(inputs, X, max_new_tokens=50) == alone and min(rooms) == 2 < max(rooms) < 50
+
+
+def plant(vlm, fault):
+    """A model that reads a picture in a way that no hook hears, or for which pruning is not masking."""
+    layers, seen = vlm.decoder.layers, {}
+    if fault == "a feature that reaches the LLM by another way":
+        vlm.model.register_forward_pre_hook(
+            lambda m, a, k: seen.update(pixel_values=k.get("pixel_values")), with_kwargs=True)
+
+        def add(module, args, out):
+            pixels = seen.get("pixel_values")
+            return out if pixels is None else out + pixels.mean()
+        layers[1].register_forward_hook(add)
+    elif fault == "positions counted by slot":
+        def count(module, args, options):
+            hidden, positions = [*args, *options.values()][:2]
+            return (hidden, torch.arange(hidden.shape[1]).expand_as(positions)), {}
+        vlm.decoder.rotary_emb.register_forward_pre_hook(count, with_kwargs=True)
+    elif fault == "a convolution that is not declared":
+        for layer in layers:
+            layer.register_forward_hook(lambda m, a, out: out + F.pad(out, (0, 0, 1, 0))[:, :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3"])
+def test_the_self_check_refuses_a_model_for_which_the_method_does_not_hold(name, dtype, tmp_path):
+    faults = {None: None, "a feature that reaches the LLM by another way": "not the stock model",
+              "positions counted by slot": "not masking", "a convolution that is not declared": "not masking"}
+    save_tiny(name, tmp_path)
+    for fault, words in faults.items():
+        vlm = load(tmp_path, dtype=dtype)
+        if fault is None:
+            vlm.self_check()
+            continue
+        other_rotary = name == "gemma3" and "slot" in fault  # one for each kind of layer
+        if not other_rotary and (dtype == torch.float32 or "convolution" not in fault):  # it drowns in rounding
+            plant(vlm, fault)
+            complaint(words, vlm.self_check)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "qwen3_5"])
+def test_any_class_is_trained_and_resumed_from_the_command_line(name, tmp_path, tiny, monkeypatch):
+    folder, whole, stopped = tmp_path / "model", tmp_path / "whole", tmp_path / "out"
+    save_tiny(name, folder)
+    argv = ["--model", folder, "--keep", 5, "--steps", 3, "--batch", 2]
+    assert in_a_process(lambda: tiny(*argv, "--out", whole)) == 0
+    with monkeypatch.context() as patch:
+        signal_on_call(patch, signal.SIGTERM, torch.nn.utils, "clip_grad_norm_", 2)
+        assert in_a_process(lambda: tiny(*argv, "--out", stopped)) == 143
+    assert in_a_process(lambda: tiny(*argv, "--resume", "--out", stopped)) == 0
+    a, b = (load_file(out / "scorer.safetensors") for out in (whole, stopped))
+    assert all(a[key].equal(b[key]) for key in a) and log_of(whole) == log_of(stopped)
+
+
+def test_places_of_each_picture_are_compared_with_its_own_tokens(tmp_path, monkeypatch):
+    """Two wrong counts whose sum is right: one picture has a place too many, the other one too few."""
+    save_tiny("llava_next", tmp_path)
+    vlm = load(tmp_path)
+    vlm.inputs(SCENES, QUESTIONS)
+    kind = type(vlm.processor)
+    replace, extra = kind.replace_image_token, iter([1, -1, 0])
+
+    def moved(self, *args, **options):
+        return (n := replace(self, *args, **options)) and self.image_token * (n.count("<") + next(extra))
+    monkeypatch.setattr(kind, "replace_image_token", moved)
+    complaint("places for", vlm.inputs, SCENES, QUESTIONS)
+    save_tiny("llava_next", tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_grid_pinpoints": GRID[:3]}))
+    complaint("image_grid_pinpoints differ", load, tmp_path)
+
+
 # --- pictures and files -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("white, kind, suffix", [(65535, "H", ".png"), (65535, "H", ".tif"), (4095, "H", ".tif"),
