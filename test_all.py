@@ -259,7 +259,10 @@ def load_tiny(folder, **options):
 def backbone(request, tmp_path_factory):
     """(vlm in float64, inputs with captions, X): a tiny random model of each class, three pictures in one batch."""
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(request.param, folder)
+    try:
+        save_tiny(request.param, folder)
+    except ImportError:  # an older transformers
+        pytest.skip("its image processor needs torchvision here")
     vlm = load_tiny(folder, dtype=torch.float64)
     for norm in vlm.decoder.modules():
         if hasattr(norm, "variance_epsilon") and type(norm).__name__.endswith("RMSNorm"):  # the stock one rounds to float32 inside
