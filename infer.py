@@ -1,5 +1,5 @@
 """
-Ask a VLM about a picture, with only the tokens that the scorer keeps.
+Ask a VLM about a picture, with only the tokens that a pruner keeps.
 
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
@@ -7,10 +7,18 @@ Ask a VLM about a picture, with only the tokens that the scorer keeps.
     python infer.py img.jpg                                           # many questions; the image is read once
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
+A model that has no pruner yet, by a choice that needs no training:
+
+    python infer.py img.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 11.1%
+
 The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps the K
-tokens that score high and say what no better one says, or with --choose top the K highest. --keep ~K keeps as many as score above the threshold by
-which the held-out images of the training keep K on average.
-The last form answers a file in LLaVA's evaluation format, for its official scorers. A killed run resumes.
+tokens that score high and say what no better one says, or with --choose top the K highest. --keep ~K
+keeps as many as rank above the threshold by which the held-out images of the training keep K on
+average. --choose diversity, coverage, DPP, uniform (where the tokens are a square grid), CLS (for
+CLIP), norm and random learn nothing, and need no pruner.
+
+A question file is answered in LLaVA's evaluation format, for its official scorers (POPE's labels are in
+github.com/AoiDragon/POPE, output/coco). A killed run resumes.
 """
 import argparse
 import copy
@@ -18,41 +26,48 @@ import inspect
 import json
 import math
 import sys
-import time
+import timeit
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaModel
 
 from common.budget import Budget
-from common.files import InputError, cli, portable, write
-from data.pictures import read_image, seen_by_model, sheet
+from common.criteria import UNTRAINED
+from common.files import InputError, check_place, cli, portable, write
 from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
+from data.pictures import read_image, seen_by_model, sheet
 from data.questions import answer_file, read_questions, score
 from model import DTYPES, add_device_arguments, load, number_type, take
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
+SOFTWARE = 0x0131  # EXIF's field for the program that drew a picture
 
+
+# --- arguments that other scripts have, too -------------------------------------------------------
 
 def add_pruner_arguments(parser):
-    """--pruner, --model, --device, --dtype: what load_pruned needs."""
-    parser.add_argument("--pruner", type=Path, metavar="DIR", help="folder with a trained pruner (default: ./out once "
-                        "its training is finished, else the one that ships with this code)")
-    parser.add_argument("--model", help="folder or hub name of the VLM (default: the one it was trained for)")
+    """--pruner, --model, --choose, --device, --dtype: what load_pruned needs."""
+    add = parser.add_argument
+    add("--pruner", type=Path, metavar="DIR", help="folder with a trained pruner, or none (default: one for this "
+        "model: ./out once its training is finished, else the one that ships with this code)")
+    add("--model", help="folder or hub name of the VLM (default: the one that the pruner was trained for)")
+    add("--choose", choices=[*RANKINGS, *UNTRAINED], help="what is kept. By a pruner: distinct (score less likeness "
+        "to better tokens) or top (score alone). All others need none (default: as the pruner was trained; without "
+        "a pruner diversity)")
     add_device_arguments(parser)
 
 
 def add_choice_arguments(parser):
-    """--keep, --threshold, --choose."""
-    add = parser.add_argument_group("what is kept").add_argument
+    """--keep, --threshold."""
+    add = parser.add_argument_group("how many are kept").add_argument
     add("--keep", metavar="K", help="visual tokens to keep: a number, a share as 11.1%%, or all; ~16 or ~11.1%% is "
-        "that many on average (default: as the pruner was trained)")
-    add("--threshold", type=float, metavar="T", help="keep as many tokens as score more than T standard "
-        "deviations above the image's mean, at least one (a negative T as --threshold=-1)")
-    add("--choose", choices=RANKINGS, help="by score less likeness to better tokens, or by score alone "
-        "(default: as the pruner was trained)")
+        "that many on average (default: as the pruner was trained; without a pruner 11.1%%)")
+    add("--threshold", type=float, metavar="T", help="keep as many tokens as rank more than T standard deviations of "
+        "the scores above the image's mean, at least one (a negative T as --threshold=-1)")
 
 
 def add_question_arguments(parser, batch=16, required=False):
@@ -62,57 +77,115 @@ def add_question_arguments(parser, batch=16, required=False):
     add("--images", metavar="DIR", help="folder of its pictures (default: the file's own)")
     add("--answers", type=Path, metavar="JSONL", required=required,
         help="file for the answers; if it is unfinished, it is continued")
-    add("--overwrite", action="store_true", help="begin --answers anew")
+    add("--overwrite", action="store_true", help="replace the file that --answers or --show names")
     add("--batch", type=int, default=batch, metavar="N", help="questions at a time (default: %(default)s)")
 
 
 def load_pruned(args, kind=None):
-    """(vlm, scorer, settings) by those arguments; kind: a class in place of load(). InputError if they do not fit."""
-    folder, why = (args.pruner, "by --pruner") if args.pruner else default_pruner()
-    scorer, settings = load_pruner(folder)
+    """(vlm, scorer, settings) by those arguments; scorer is None where a criterion chooses, which learns nothing.
+
+    kind: a class in place of load(). InputError if they do not fit each other. Never the pruner of
+    another model, unless --pruner names it.
+    """
+    folder, why = args.pruner, "by --pruner"
+    without = str(folder) == "none"
+    if folder is None or without:
+        folder, why = default_pruner(args.model and portable(args.model))
+    scorer, settings = None, {"keep": "11.1%"}
+    if folder:
+        scorer, settings = load_pruner(folder)
     name = args.model or settings["model"]
-    print(f"model {name}, pruner {args.pruner or portable(folder)} ({why})", file=sys.stderr)
-    if portable(name) != settings["model"]:
-        print(f"warning: this pruner was trained for {settings['model']}; of another model's tokens it knows nothing",
-              file=sys.stderr)
+
+    if without or args.choose in UNTRAINED or scorer is None:
+        scorer = None
+        settings["choose"] = args.choose or "diversity"
+        if args.choose in RANKINGS:
+            raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for {name}; give its folder "
+                             f"with --pruner, train one, or choose by {', '.join(UNTRAINED)}")
+        until = "" if args.choose else ", until one is trained by train.py (or given by --pruner)"
+        print(f"model {name}, no pruner: {settings['choose']} chooses{until}", file=sys.stderr)
+    else:
+        print(f"model {name}, pruner {portable(folder)} ({why})", file=sys.stderr)
+        if portable(name) != settings["model"]:
+            print(f"warning: this pruner was trained for {settings['model']}; of another model's tokens it knows "
+                  "nothing", file=sys.stderr)
+
     vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
-        raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py speed")
+        raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
+    if scorer is None:
+        return vlm, None, settings
     if vlm.width != settings["width"]:
         raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} has {vlm.width}; give "
                          "the pruner of this model with --pruner, or its model with --model")
-    return vlm, scorer.to(vlm.model.device), settings
+    device = vlm.model.device
+    dtype = torch.float32 if device.type == "cpu" else vlm.model.dtype  # half precision is fast on a GPU alone
+    return vlm, scorer.to(device, dtype), settings
+
+
+# --- many questions -------------------------------------------------------------------------------
+
+def look_at(vlm, rows, choose, seen):
+    """Add the images of these rows to `seen`, {image: (picture, its X (N, d_v), its keep (K,) or None)}."""
+    new = list(dict.fromkeys(row["image"] for row in rows if row["image"] not in seen))
+    if not new:
+        return
+    pictures = [read_image(image, vlm.processor.image_processor) for image in new]
+    inputs = vlm.inputs(pictures, ["?"] * len(new))
+    X = vlm.encode(inputs)  # (new, N, d_v)
+    keep = choose(X, inputs)  # (new, K), or None
+    for i, image in enumerate(new):
+        x, kept = X[i], None
+        if "valid" in inputs:
+            x = x[inputs["valid"][i]]
+        if keep is not None:
+            kept = keep[i][keep[i] >= 0]
+        seen[image] = pictures[i], x, kept
 
 
 @torch.no_grad()
 def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
 
-    choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the question: an image that comes
-    again within 16 batches is read, encoded and chosen from once.
+    choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the question:
+    an image that comes again within 16 batches is read, encoded and chosen from once.
     """
     with tqdm(total=len(rows), desc="questions", dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(rows), 16 * batch):
-            window = sorted(range(start, min(start + 16 * batch, len(rows))), key=lambda i: len(rows[i]["text"]))
-            seen = {}  # image: (picture, its X, its keep)
+            window = range(len(rows))[start:start + 16 * batch]
+            window = sorted(window, key=lambda i: len(rows[i]["text"]))
+            seen = {}
             for at in range(0, len(window), batch):
-                part = window[at:at + batch]
-                new = list(dict.fromkeys(rows[i]["image"] for i in part if rows[i]["image"] not in seen))
-                if new:
-                    pictures = [read_image(image, vlm.processor.image_processor) for image in new]
-                    inputs = vlm.inputs(pictures, ["?"] * len(new))
-                    X, valid = vlm.encode(inputs), inputs.get("valid")  # (new, N, d_v)
-                    keep = choose(X, inputs)
-                    for j, image in enumerate(new):
-                        real = X[j] if valid is None else X[j, valid[j]]
-                        seen[image] = pictures[j], real, None if keep is None else keep[j][keep[j] >= 0]
-                pictures, X, keep = zip(*(seen[rows[i]["image"]] for i in part))
+                numbers = window[at:at + batch]
+                part = [rows[i] for i in numbers]
+                look_at(vlm, part, choose, seen)
+                pictures, X, keep = zip(*(seen[row["image"]] for row in part))
                 X = pad_sequence(X, batch_first=True)  # (B, N, d_v)
                 keep = None if keep[0] is None else pad_sequence(keep, True, -1, "left")  # (B, K)
-                inputs = vlm.inputs(list(pictures), [rows[i]["text"] for i in part])
-                yield list(zip(part, vlm.generate(inputs, X, keep, max_new_tokens)))
+                inputs = vlm.inputs(list(pictures), [row["text"] for row in part])
+                answers = vlm.generate(inputs, X, keep, max_new_tokens)
+                yield list(zip(numbers, answers))
                 bar.update(len(part))
 
+
+def answer_questions(args, vlm, rows, choose, by, scorer):
+    """Answer the rows of a question file, and print the figures if they have labels."""
+    def answer(left):
+        return ask(vlm, left, choose, args.batch, args.max_new_tokens)
+
+    for row in rows:
+        vlm.check_text(row["text"], row["where"])
+    pruner = fingerprint(scorer) if scorer else "none"
+    conditions = {"model": portable(vlm.name), "weights": fingerprint(vlm.model), "pruner": pruner, **by,
+                  "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
+    answers = answer_file(args.answers, rows, conditions, answer, args.overwrite)
+    figures = score(rows, answers)
+    print(f"{len(rows)} answers are in {args.answers}")
+    if args.json:
+        print(json.dumps({"questions": len(rows), "answers": str(args.answers), **conditions, "figures": figures}))
+
+
+# --- one picture ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def image_cache(vlm, inputs, X, keep=None):
@@ -142,19 +215,38 @@ def answer_to(vlm, inputs, X, keep, max_new_tokens, cache=None):
     return vlm.generate(inputs, X, keep, max_new_tokens, **options)[0]
 
 
-def prefill_ms(*question):
-    """How long the first token of an answer takes: the shortest of three tries; after a second no more are made."""
-    times = []
-    while len(times) < 3 and max(times, default=0) < 1000:
-        start = time.perf_counter()
-        answer_to(*question)
-        times.append(1000 * (time.perf_counter() - start))
-    return min(times)
+def milliseconds(f):
+    """How long f() takes, the shorter of two tries."""
+    return 1000 * min(timeit.repeat(f, number=1, repeat=2))
+
+
+def prefill_cost(vlm, L):
+    """(bytes, FLOPs): the KV cache of a prompt of L tokens, and the LLM's work up to the first logits.
+
+    A multiply-add is two FLOPs. Of a mixture of experts those count that a token goes through.
+    """
+    config, layers = vlm.model.config.get_text_config(), vlm.model.get_decoder().layers
+    heads, D = config.num_attention_heads, config.hidden_size
+    size = getattr(config, "head_dim", None) or D // heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    attending = len(kinds) - kinds.count("linear_attention") - kinds.count("conv")  # layers with a KV cache
+    weights = 0  # that a token meets
+    for p in layers.parameters():
+        if p.dim() == 2:
+            weights += p.numel()
+        elif p.dim() == 3:  # (experts, …)
+            weights += p[0].numel() * getattr(config, "num_experts_per_tok", 0)
+    attention = 2 * L * L * heads * size * attending  # Q·Kᵀ, and as many for A·V
+    logits = D * config.vocab_size  # of the last token alone
+    cache = 2 * L * config.num_key_value_heads * size * attending * vlm.model.dtype.itemsize
+    return cache, 2 * (L * weights + attention + logits)
 
 
 def chat(vlm, image, X, keep, max_new_tokens):
     """Questions until the input ends. Each stands for itself; all share the image's tokens and cache."""
-    cache, all_ms = image_cache(vlm, vlm.inputs([image], ["?"]), X, keep), None
+    cache = image_cache(vlm, vlm.inputs([image], ["?"]), X, keep)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8: the model refuses that question
     prompt = "> " if sys.stdin and sys.stdin.isatty() else ""
     while True:
         try:
@@ -168,10 +260,55 @@ def chat(vlm, image, X, keep, max_new_tokens):
         except InputError as e:
             print("error:", e, file=sys.stderr)
             continue
-        print(answer_to(vlm, inputs, X, keep, max_new_tokens, cache))
-        ms, all_ms = prefill_ms(vlm, inputs, X, keep, 1, cache), all_ms or prefill_ms(vlm, inputs, X, None, 1)
-        print(f"(prefill {ms:.0f} ms, cached; all {X.shape[1]} tokens, not cached: {all_ms:.0f} ms)", flush=True)
+        print(answer_to(vlm, inputs, X, keep, max_new_tokens, cache), flush=True)
 
+
+def draw(args, vlm, inputs, image, X, kept, scorer, answers):
+    """Write the sheet of --show."""
+    picture = seen_by_model(vlm, inputs, image)
+    scores = scorer(X)[0].float().cpu() if scorer else None
+    paper = sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question, answers)
+    mark = Image.Exif()
+    mark[SOFTWARE] = "diffprune"
+    write(args.show, paper, {"exif": mark})
+    print(f"wrote {args.show}")
+
+
+@torch.no_grad()
+def answer_one(args, vlm, image, choose, scorer):
+    """Answer the question about one picture, or all that are asked about it."""
+    vlm.check_text(args.question or "", "the question")
+    try:
+        inputs = vlm.inputs([image], [args.question or "?"])
+    except InputError as e:
+        raise InputError(f"{args.image}: {e}") from None
+    X = vlm.encode(inputs)  # (1, N, d_v)
+    N, L = X.shape[1], inputs["input_ids"].shape[1]
+    keep = choose(X, inputs)  # (1, K), or None
+    kept = list(range(N)) if keep is None else keep[0].tolist()
+    cache, flops = prefill_cost(vlm, L - N + len(kept))
+    cache_all, flops_all = prefill_cost(vlm, L)
+    summary = (f"kept {len(kept)} of {N} tokens: KV cache {cache / 1e6:.2f} of {cache_all / 1e6:.2f} MB, "
+               f"prefill {flops / 1e9:.2f} of {flops_all / 1e9:.2f} GFLOP")
+    if args.question is None:
+        print(summary, flush=True)
+        return chat(vlm, image, X, keep, args.max_new_tokens)
+
+    answer = answer_to(vlm, inputs, X, keep, args.max_new_tokens)
+    print(answer, flush=True)
+    if args.show:
+        full_answer = answer_to(vlm, inputs, X, None, args.max_new_tokens)
+        draw(args, vlm, inputs, image, X, kept, scorer, (full_answer, answer))
+    ms = milliseconds(lambda: answer_to(vlm, inputs, X, choose(X, inputs), 1))
+    ms_all = milliseconds(lambda: answer_to(vlm, inputs, X, None, 1))
+    print(f"{summary} ({ms:.0f} of {ms_all:.0f} ms with the choice)")
+    if args.json:
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache,
+                          "cache_bytes_all": cache_all, "prefill_flops": flops, "prefill_flops_all": flops_all,
+                          "prefill_ms": round(ms, 3), "prefill_ms_all": round(ms_all, 3)}))
+
+
+# --- the script -----------------------------------------------------------------------------------
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,65 +338,26 @@ def check_inference(args):
         raise InputError("the question is empty; leave it out to be asked for questions")
     if args.show and not args.question:
         raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
-    if args.questions and args.answers.resolve() == args.questions.resolve():
-        raise InputError(f"--answers {args.answers}: is the question file; give another name")
-    for flag, path, endings in (("--show", args.show, (".png", ".jpg")), ("--answers", args.answers, (".jsonl",))):
-        if path and (path.suffix not in endings or not path.parent.is_dir()):
-            raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a folder there is")
+    if args.show:
+        check_place("--show", args.show, (".png", ".jpg"), args.image)
+        if args.show.exists() and not (args.overwrite or drawn_here(args.show)):
+            raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give another name, or "
+                             "--overwrite it")
+    if args.answers:
+        check_place("--answers", args.answers, (".jsonl",), args.questions)
     try:
         return Budget.parse(args.keep) if args.keep else None
     except ValueError as e:
         raise InputError(f"--keep {e}") from None
 
 
-def answer_questions(args, vlm, rows, choose, goes_by, scorer):
-    """Answer the rows of a question file, and print the figures if they have labels."""
-    for row in rows:
-        vlm.check_text(row["text"], row["where"])
-    made = {"model": portable(vlm.name), "weights": fingerprint(vlm.model), "pruner": fingerprint(scorer), **goes_by,
-            "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
-    said = answer_file(args.answers, rows, made, lambda left: ask(vlm, left, choose, args.batch, args.max_new_tokens),
-                       args.overwrite)
-    figures = score(rows, said)
-    if figures is None and {row["category"] for row in rows} <= {"adversarial", "popular", "random"}:
-        print("POPE's labels are in github.com/AoiDragon/POPE, output/coco; with them LLaVA scores the answers:\n"
-              "python llava/eval/eval_pope.py --annotation-dir output/coco "
-              f"--question-file {args.questions} --result-file {args.answers}")
-    print(f"{len(rows)} answers are in {args.answers}")
-    if args.json:
-        print(json.dumps({"questions": len(rows), "answers": str(args.answers), **made, "figures": figures}))
-
-
-@torch.no_grad()
-def answer_one(args, vlm, image, choose, scorer):
-    """Answer the question about one picture, or all that are asked about it."""
-    vlm.check_text(args.question or "", "the question")
+def drawn_here(path):
+    """Whether --show drew this file."""
     try:
-        inputs = vlm.inputs([image], [args.question or "?"])
-    except InputError as e:
-        raise InputError(f"{args.image}: {e}") from None
-    X = vlm.encode(inputs)  # (1, N, d_v)
-    keep, N = choose(X, inputs), X.shape[1]  # (1, K), or None
-    kept = list(range(N)) if keep is None else keep[0].tolist()
-    if args.question is None:
-        return chat(vlm, image, X, keep, args.max_new_tokens)
-
-    answer = answer_to(vlm, inputs, X, keep, args.max_new_tokens)
-    print(answer, flush=True)
-    full_answer = answer_to(vlm, inputs, X, None, args.max_new_tokens if args.show else 1)
-    ms, all_ms = prefill_ms(vlm, inputs, X, keep, 1), prefill_ms(vlm, inputs, X, None, 1)
-    start = time.perf_counter()
-    choose(X, inputs)
-    select_ms = 1000 * (time.perf_counter() - start)
-    if args.show:
-        picture, scores = seen_by_model(vlm, inputs, image), scorer(X)[0].cpu()
-        write(args.show, sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question,
-                               (full_answer, answer)))
-        print(f"wrote {args.show}")
-    print(f"kept {len(kept)} of {N} tokens, choice and prefill {select_ms + ms:.0f} ms (all tokens: {all_ms:.0f} ms)")
-    if args.json:
-        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "selection_ms": round(select_ms, 3),
-                          "prefill_ms": round(ms, 3), "prefill_ms_all": round(all_ms, 3)}))
+        with Image.open(path) as picture:
+            return picture.getexif().get(SOFTWARE) == "diffprune"
+    except Exception:  # a decoder may fail in any way
+        return False
 
 
 def main():
@@ -270,9 +368,9 @@ def main():
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
-    choose, goes_by = chooser(vlm, scorer, settings, budget, args.threshold, args.choose)
+    choose, by = chooser(vlm, scorer, settings, budget, args.threshold, args.choose)
     if args.questions:
-        answer_questions(args, vlm, rows, choose, goes_by, scorer)
+        answer_questions(args, vlm, rows, choose, by, scorer)
     else:
         answer_one(args, vlm, image, choose, scorer)
 

@@ -1,6 +1,6 @@
 """
-A budget: how many visual tokens the user asks to keep. Parsed once, where it is given; a value from there on.
-A budget on average is a threshold on the standardised scores, read from a table that training made.
+A budget: how many visual tokens the user asks to keep. Parsed once, where it is given; a value from
+there on. A budget on average is a threshold on the ranking d, read from a table that training made.
 
     Budget.parse("16").of(144)         # 16
     Budget.parse("11.1%").of(576)      # 64
@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens to keep: a count, or a share of each picture's own; of each picture, or on average over many."""
+    """How many tokens to keep: a count, or a share of each picture's own.
+
+    average: that many on average over many pictures, else of each.
+    """
     count: int | None = None
     share: float | None = None
     average: bool = False
@@ -29,8 +32,8 @@ class Budget:
             return Budget(count=int(number), average=average)
         if re.fullmatch(r"\d{1,3}(\.\d+)?%", number, re.ASCII) and 0 < float(number[:-1]) <= 100:
             return Budget(share=float(number[:-1]) / 100, average=average)
-        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, or all; "
-                         "~16 or ~11.1% is that many on average")
+        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, or "
+                         "all; ~16 or ~11.1% is that many on average")
 
     def __str__(self):
         if self.everything:
@@ -48,11 +51,14 @@ class Budget:
         return replace(self, average=False)
 
     def of(self, N):
-        """K for a picture of N tokens, at least 1 and at most N: an int, or a tensor (B,) for a tensor of N."""
+        """K for a picture of N tokens, from 1 to N: an int, or a tensor (B,) for a tensor of N."""
         if torch.is_tensor(N):
-            K = torch.full_like(N, self.count) if self.share is None else (N.double() * self.share).round().long()
+            K = torch.full_like(N, self.count or 0)
+            if self.share is not None:
+                K = (N.double() * self.share).round().long()
             return K.clamp_min(1).minimum(N)
-        return min(N, max(1, self.count or round(N * self.share)))
+        K = self.count or round(N * self.share)
+        return min(N, max(1, K))
 
 
 def real_tokens(X, valid=None):
@@ -60,27 +66,28 @@ def real_tokens(X, valid=None):
     return X.shape[1] if valid is None else valid.sum(1)
 
 
-def threshold(z, total):
-    """The T above which exactly `total` of the standardised scores z lie: midway from the last of them to the next."""
-    high = z.sort(descending=True).values
-    below = high[total] if total < len(high) else high[-1] - 1
-    return ((high[total - 1] + below) / 2).item()
+def threshold(d, total):
+    """The T above which exactly `total` of the d (tokens,) lie: midway from the last of them to the next."""
+    d = d.sort(descending=True).values
+    below = d[total] if total < len(d) else d[-1] - 1
+    return ((d[total - 1] + below) / 2).item()
 
 
-def quantiles(z, n=64):
-    """A table of thresholds: above values[i] lies a share shares[i] of all standardised scores z, padding aside."""
-    z = z[z != -torch.inf]
-    totals = sorted({round(len(z) ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one token to all
-    return {"shares": [total / len(z) for total in totals], "values": [threshold(z, total) for total in totals]}
+def quantiles(d, n=64):
+    """A table of thresholds: above values[i] lies a share shares[i] of all d (tokens,), padding aside."""
+    d = d[d != -torch.inf]
+    N = len(d)
+    totals = sorted({round(N ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one token to all
+    return {"shares": [total / N for total in totals], "values": [threshold(d, total) for total in totals]}
 
 
-def count_above(z, T):
-    """How many tokens of each image have a z (B, N) above T, at least one: K (B,) for a choice."""
-    return (z > T).sum(-1).clamp_min(1)
+def count_above(d, T):
+    """How many tokens of each image have a d (B, N) above T, at least one: K (B,) for a choice."""
+    return (d > T).sum(-1).clamp_min(1)
 
 
 def hardness_of(alpha, K):
-    """Mean of the K largest weights of each image, (B,). At 1, alpha is 0 or 1, as the hard choice is."""
+    """Mean of the K largest weights of each image, (B,). At 1, alpha is 0 or 1, as in the hard choice."""
     total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
     K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
     return total.gather(1, K[:, None] - 1)[:, 0] / K

@@ -1,9 +1,11 @@
 """
-Ways to choose tokens without learning, which a learned choice has to beat.
+Ways to choose tokens that learn nothing: for a VLM without a pruner, and what a learned choice has to beat.
 
-    keep = criteria(vlm)["diversity"](X, inputs, 16)      # (B, 16), ascending; pooling gives (other tokens, keep)
+    keep = criteria(vlm)["diversity"](X, inputs, 16)     # (B, 16), ascending
 
-None of them sees the question. X (B, N, d) are the encoder's features, K is how many to keep, 1 … N.
+    python infer.py photo.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 11.1%
+
+None of them sees the question. X (B, N, d) are the visual tokens, K is how many to keep, 1 … N.
 """
 import math
 from functools import partial
@@ -14,14 +16,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from throttler import select
 
+UNTRAINED = ("diversity", "coverage", "DPP", "uniform", "CLS", "norm", "random")  # for --choose
+
+
+# --- choices from places or lengths alone ---------------------------------------------------------
 
 def random_tokens(X, K, generator=None):
-    """Any K tokens, equally likely."""
-    return select(torch.rand(X.shape[:2], generator=generator, device=X.device), K)
+    """Any K tokens, equally likely. With a generator each image has a draw of its own.
+
+    Without one all images of N tokens have the same, so that a repeated run gives the same answers.
+    """
+    B, N, _ = X.shape  # images, visual tokens
+    draws = B
+    if generator is None:
+        generator = torch.Generator(X.device).manual_seed(0)
+        draws = 1
+    lots = torch.rand(draws, N, generator=generator, device=X.device)
+    return select(lots.expand(B, N), K)
 
 
 def grid_of(N):
-    """(side, first): N tokens are side x side patches behind `first` class tokens, none or one. Else not a grid."""
+    """(side, first): N tokens are side x side patches behind `first` class tokens, none or one.
+
+    Any other `first` means that they are not a square grid.
+    """
     side = math.isqrt(N)
     return side, N - side * side
 
@@ -32,12 +50,14 @@ def uniform_grid(X, K):
     side, first = grid_of(N)
     if K > side * side:
         return torch.arange(N, device=X.device).expand(B, -1)  # the class token, too
-    keep, rows = [], max(1, round(math.sqrt(K)))
+    rows = max(1, round(math.sqrt(K)))
+    keep = []
     for i in range(rows):
         y = int((i + 0.5) * side / rows)
-        n = K * (i + 1) // rows - K * i // rows  # patches in this row
-        for j in range(n):
-            keep.append(first + y * side + int((j + 0.5) * side / n))
+        columns = K * (i + 1) // rows - K * i // rows  # patches in this row
+        for j in range(columns):
+            x = int((j + 0.5) * side / columns)
+            keep.append(first + y * side + x)
     return torch.tensor(sorted(keep), device=X.device).expand(B, -1)  # (B, K)
 
 
@@ -46,20 +66,24 @@ def feature_norm(X, K):
     return select(X.float().norm(dim=-1), K)
 
 
+# --- greedy choices: one token after another, never waiting for the device ------------------------
+
 def max_min_diversity(X, K):
     """DivPrune (arXiv 2503.02175): greedily the token that is least like those already kept, by cosine."""
     B, N, _ = X.shape  # images, visual tokens
-    rows = torch.arange(B, device=X.device)
     x = F.normalize(X.float(), dim=-1)
-    far = 1 - x @ x.mT  # (B, N, N)
-    alone = (far + 9 * torch.eye(N, device=X.device)).amin(-1)  # (B, N), distance to the nearest other token
-    keep = [alone.argmax(-1)]
+    distance = 1 - x @ x.mT  # (B, N, N)
+    itself = 9 * torch.eye(N, device=X.device)
+    alone = (distance + itself).amin(-1)  # (B, N), distance to the nearest other token
+    j = alone.argmax(-1, keepdim=True)  # (B, 1)
+    keep = [j]
     nearest = torch.full_like(alone, torch.inf)  # (B, N), distance to the nearest kept token
     for _ in range(K - 1):
-        nearest = nearest.minimum(far[rows, keep[-1]])
-        nearest[rows, keep[-1]] = -1  # never again
-        keep.append(nearest.argmax(-1))
-    return torch.stack(keep, 1).sort(-1).values  # (B, K)
+        nearest = nearest.minimum(row_of(distance, j))
+        nearest = nearest.scatter(1, j, -1)  # never again
+        j = nearest.argmax(-1, keepdim=True)
+        keep.append(j)
+    return torch.cat(keep, 1).sort(-1).values  # (B, K)
 
 
 def coverage(X, K):
@@ -79,7 +103,7 @@ def coverage(X, K):
     for _ in range(K):
         gain = (alike - covered[:, :, None]).clamp_min(0).mean(1)  # (B, N), by how much j would raise it
         j = (gain - 2 * chosen).argmax(-1, keepdim=True)  # (B, 1)
-        covered = covered.maximum(alike.gather(1, j[..., None].expand(B, 1, N))[:, 0])
+        covered = covered.maximum(row_of(alike, j))
         chosen = chosen.scatter(1, j, 1)
         keep.append(j)
     return torch.cat(keep, 1).sort(-1).values  # (B, K)
@@ -88,76 +112,109 @@ def coverage(X, K):
 def dpp(X, K):
     """The most probable K tokens of a determinantal point process, greedily, in its fast form (arXiv 1709.05135).
 
-    Its kernel is L_ij = cos(x_i, x_j), whose determinant is large for tokens that are unlike each other: CDPruner's
-    (arXiv 2506.10967) without the question's part.
+    Its kernel is L_ij = cos(x_i, x_j), whose determinant is large for tokens that are unlike each
+    other: CDPruner's (arXiv 2506.10967) without the question's part.
     """
     B, N, _ = X.shape  # images, visual tokens
-    rows = torch.arange(B, device=X.device)
     x = F.normalize(X.float(), dim=-1)
     L = x @ x.mT  # (B, N, N)
-    gain = torch.ones(B, N, device=X.device)  # d² (B, N): by how much each token would multiply the determinant
-    c = X.new_zeros(B, K, N, dtype=torch.float32)  # the kept tokens' rows of the Cholesky factor
+    gain = L.new_ones(B, N)  # d²: by how much each would multiply the determinant
+    c = L.new_zeros(B, K, N)  # the kept tokens' rows of the Cholesky factor
     keep = []
     for i in range(K):
-        j = gain.argmax(-1)  # (B,)
-        d = gain[rows, j].clamp_min(1e-6).sqrt()  # beyond the features' rank nothing is left but rounding
-        c[:, i] = (L[rows, j] - torch.einsum("bk,bkn->bn", c[rows, :i, j], c[:, :i])) / d[:, None]
+        j = gain.argmax(-1, keepdim=True)  # (B, 1)
+        d = gain.gather(1, j).clamp_min(1e-6).sqrt()  # beyond the features' rank only rounding is left
+        rows = c[:, :i]  # (B, i, N)
+        at_j = rows.gather(2, j[..., None].expand(B, i, 1))  # (B, i, 1)
+        c[:, i] = (row_of(L, j) - (at_j * rows).sum(1)) / d
         gain = gain - c[:, i].square()
-        gain[rows, j] = -torch.inf  # never again
+        gain = gain.scatter(1, j, -torch.inf)  # never again
         keep.append(j)
-    return torch.stack(keep, 1).sort(-1).values  # (B, K)
+    return torch.cat(keep, 1).sort(-1).values  # (B, K)
 
+
+def row_of(matrix, j):
+    """Row j (B, 1) of each matrix (B, N, N): (B, N)."""
+    B, N, _ = matrix.shape
+    return matrix.gather(1, j[..., None].expand(B, 1, N))[:, 0]
+
+
+# --- no choice at all -----------------------------------------------------------------------------
 
 def pooled_grid(N, K):
-    """(rows, columns) of a grid of K equal cells over N patches, as square as K allows. None if there is none."""
+    """(rows, columns) of a grid of K equal cells over N patches, as square as K allows, or None."""
     side, _ = grid_of(N)
-    fitting = [rows for rows in range(1, math.isqrt(K) + 1) if K % rows == 0 and K // rows <= side]
-    return (fitting[-1], K // fitting[-1]) if fitting else None
+    for rows in range(math.isqrt(K), 0, -1):
+        columns = K // rows
+        if K % rows == 0 and columns <= side:
+            return rows, columns
 
 
 def average_pooling(X, K):
-    """No choice at all: the patches averaged to K cells. (X with each cell's mean at its centre, those centres)."""
+    """The patches averaged to K cells: (X with each cell's mean at its centre, those centres)."""
     B, N, d = X.shape  # images, visual tokens, channels
-    (side, first), (rows, columns) = grid_of(N), pooled_grid(N, K)
+    side, first = grid_of(N)
+    rows, columns = pooled_grid(N, K)
     patches = X[:, first:].float().mT.reshape(B, d, side, side)
     means = F.adaptive_avg_pool2d(patches, (rows, columns)).flatten(2).mT  # (B, K, d)
-    y, x = (((torch.arange(n, device=X.device) + 0.5) * side / n).long() for n in (rows, columns))
+    y = ((torch.arange(rows, device=X.device) + 0.5) * side / rows).long()
+    x = ((torch.arange(columns, device=X.device) + 0.5) * side / columns).long()
     keep = (first + y[:, None] * side + x).flatten().expand(B, -1)  # (B, K)
-    return X.scatter(1, keep[..., None].expand(-1, -1, d), means.to(X.dtype)), keep
+    pooled = X.scatter(1, keep[..., None].expand(-1, -1, d), means.to(X.dtype))
+    return pooled, keep
 
+
+# --- the encoder's own attention ------------------------------------------------------------------
 
 def cls_attention(vlm, inputs, hidden=None):
-    """How much the encoder's class token looks at each token, (B, N), in the layer that gives X: what FasterVLM
-    (arXiv 2412.01818) and VisionZip (arXiv 2412.04467) keep the highest of. Mean over heads.
-    hidden (B, 1 + patches, d) is what enters that layer; where it is not given, the encoder runs again."""
-    if hidden is None:
-        states = vlm.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        hidden = states[vlm.layers[-1] - 1]
-    block = vlm.model.model.vision_tower.encoder.layers[vlm.layers[-1]]
-    x = block.layer_norm1(hidden)  # (B, 1 + patches, d)
-    heads = (block.self_attn.num_heads, -1)
-    q = block.self_attn.q_proj(x[:, :1]).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
-    k = block.self_attn.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1 + patches, d / heads)
-    attention = (q @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + patches)
-    return attention.mean(1)[:, 0, -vlm.tokens:]
+    """How much the encoder's class token looks at each token, (B, N), in the layer that gives X.
 
+    FasterVLM (arXiv 2412.01818) and VisionZip (arXiv 2412.04467) keep the highest. Mean over heads.
+    hidden (B, 1 + patches, d) is what enters that layer; where it is not given, the encoder runs again.
+    """
+    tower, layer = vlm.model.model.vision_tower, vlm.layers[-1]
+    if hidden is None:
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        hidden = states[layer - 1]
+    block = tower.encoder.layers[layer]
+    attention = block.self_attn
+    heads = (attention.num_heads, -1)
+    x = block.layer_norm1(hidden)  # (B, 1 + patches, d)
+    q = attention.q_proj(x[:, :1]).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
+    k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1 + patches, d / heads)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + patches)
+    return weights.mean(1)[:, 0, -vlm.tokens:]
+
+
+# --- all of them, by name -------------------------------------------------------------------------
 
 def each_image(choose, X, inputs, K):
     """choose(X, K); image by image where they have different numbers of tokens, and K is (B,)."""
     if not torch.is_tensor(K):
         return choose(X, K)
-    counts = inputs["valid"].sum(1).tolist()
-    keeps = [choose(X[i:i + 1, :n], int(k))[0] for i, (n, k) in enumerate(zip(counts, K))]
+    keeps = []
+    for x, real, k in zip(X, inputs["valid"], K.tolist()):
+        keeps.append(choose(x[real][None], k)[0])
     return pad_sequence(keeps, batch_first=True, padding_value=-1, padding_side="left")  # (B, most)
 
 
 def criteria(vlm):
-    """{name: choose(X, inputs, K)} of those that fit this model; choose as above."""
-    ways = {"random": random_tokens, "norm": feature_norm, "diversity": max_min_diversity, "DPP": dpp,
-            "coverage": coverage}
-    if vlm.tokens and grid_of(vlm.tokens)[1] < 2:
-        ways |= {"uniform": uniform_grid, "pooling": average_pooling}
-    ways = {name: partial(each_image, choose) for name, choose in ways.items()}
-    if vlm.tokens and vlm.model.config.vision_config.model_type == "clip_vision_model" and vlm.layers[-1] < 0:
-        ways["CLS"] = lambda X, inputs, K: select(cls_attention(vlm, inputs), K)
-    return ways
+    """{name: choose(X, inputs, K)} of those that fit this model.
+
+    choose gives keep (B, K); "pooling", which changes tokens, gives (other tokens, keep).
+    """
+    choices = {
+        "random": random_tokens,
+        "norm": feature_norm,
+        "diversity": max_min_diversity,
+        "DPP": dpp,
+        "coverage": coverage,
+    }
+    layers = getattr(vlm, "layers", None)  # LLaVA's: X is a square of patches from this layer
+    if layers and vlm.tokens:
+        choices |= {"uniform": uniform_grid, "pooling": average_pooling}
+    choices = {name: partial(each_image, choose) for name, choose in choices.items()}
+    if layers and vlm.tokens and layers[-1] < 0:
+        if vlm.model.config.vision_config.model_type == "clip_vision_model":  # SigLIP has no class token
+            choices["CLS"] = lambda X, inputs, K: select(cls_attention(vlm, inputs), K)
+    return choices

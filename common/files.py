@@ -175,6 +175,26 @@ def write(path, content, note=None):
             temporary.unlink()
 
 
+def check_place(flag, path, endings, source=None):
+    """InputError unless a file can be written at this path, which is not the `source` that is read."""
+    place = Path(os.path.realpath(path))
+    try:
+        if Path(path).suffix not in endings:
+            raise OSError(f"its name must end in {' or '.join(endings)}")
+        with suppress(FileNotFoundError):
+            place.stat()  # the name is too long, its folder closed
+            if not place.is_file():
+                raise OSError("it is no ordinary file")
+            if source and os.path.exists(source) and place.samefile(source):
+                raise OSError("it is the file that is read")
+        if not place.parent.is_dir():
+            raise OSError("there is no such folder")
+        if not os.access(place.parent, os.W_OK) or place.exists() and not os.access(place, os.W_OK):
+            raise OSError("it may not be written to")
+    except OSError as e:
+        raise InputError(f"{flag} {path}: cannot be written ({short(e)}); give another place") from None
+
+
 def rounded(value):
     """The same value with every float in it at five digits, for JSON that is read by people too;
     None for NaN."""

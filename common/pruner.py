@@ -1,5 +1,5 @@
 """
-A trained pruner: find it, load it, and choose tokens by it as it is deployed.
+A trained pruner: find it, load it, and choose tokens by it as it is deployed; or without one, by a criterion.
 
     scorer, settings = load_pruner("out")
     vlm = load(settings["model"])
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.budget import Budget, count_above, quantiles, real_tokens
+from common.criteria import criteria
 from common.files import ROOT, InputError, short
 from throttler import Scorer, distinct, select, standardised
 
@@ -24,51 +25,87 @@ RANKINGS = {
     "distinct": distinct,
     "top": lambda scores, X: standardised(scores),  # the papers': the highest scores
 }
+KINDS = {"model": (str,), "width": (int,), "tokens": (int, type(None)), "keep": (str, int), "choose": (str,)}
 
 
-def default_pruner():
-    """(folder, why): ./out once its training is finished, else the pruner that ships with the embedded default."""
-    try:
-        finished = json.loads(Path("out/pruner.json").read_text(encoding="utf-8"))["finished"]
-    except (OSError, ValueError, LookupError, TypeError):
-        finished = False
-    if finished:
-        return Path("out"), "your training"
-    return ROOT / "data/shapes/pruner", "it ships with this code; ./out holds no finished training"
+# --- a pruner's folder ----------------------------------------------------------------------------
+
+def default_pruner(model=None):
+    """(folder, why) of the pruner for this model, or for any: ./out once its training is finished, else
+    the one that ships with this code. folder is None if neither is for this model."""
+    places = ((Path("out"), "your training"),
+              (ROOT / "data/shapes/pruner", "it ships with this code; ./out holds no finished training"))
+    for folder, why in places:
+        try:
+            settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
+            if settings["finished"] and model in (None, settings["model"]):
+                return folder, why
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            pass
+    return None, "there is none for this model"
+
+
+def check_settings(settings):
+    """ValueError, or a TypeError, unless pruner.json holds what train.py writes there."""
+    for name, kinds in KINDS.items():
+        if name not in settings:
+            raise ValueError(f"pruner.json has no {name}")
+        if type(settings[name]) not in kinds:
+            raise ValueError(f"{name} cannot be {settings[name]!r}")
+    Budget.parse(settings["keep"])
+    if settings["choose"] not in RANKINGS:
+        raise ValueError(f"choose must be one of {', '.join(RANKINGS)}")
+    if settings.get("thresholds") is not None:
+        check_thresholds(**settings["thresholds"])
+
+
+def check_thresholds(shares, values, images=None):
+    """ValueError unless shares of all tokens rise, from above 0 to 1, while the thresholds for them fall."""
+    if len(shares) != len(values) or not all(map(math.isfinite, shares + values)):
+        raise ValueError("thresholds: shares and values must be equally many numbers")
+    rising = shares == sorted(set(shares)) and all(0 < share <= 1 for share in shares)
+    falling = values == sorted(values, reverse=True) and len(set(values)) >= min(2, len(values))
+    if not (rising and falling):
+        raise ValueError("thresholds: shares must rise from above 0 to 1, values fall")
 
 
 def load_pruner(folder):
     """(scorer, settings) from a folder that train.py wrote. InputError if a file is missing or does not fit."""
     folder = Path(folder)
-    if (folder / "checkpoint.safetensors").exists() and not (folder / "pruner.json").exists():
-        raise InputError(f"{folder}: its training is not finished; run train.py again with --resume")
     try:
-        settings = {"choose": "distinct", **json.loads((folder / "pruner.json").read_text(encoding="utf-8"))}
-        for name in ("model", "width", "tokens", "keep"):
-            if name not in settings:
-                raise ValueError(f"pruner.json has no {name}")
-        Budget.parse(settings["keep"])
-        if settings["choose"] not in RANKINGS:
-            raise ValueError(f"choose must be one of {', '.join(RANKINGS)}")
-        table = settings.get("thresholds") or {}
-        for value in table.get("shares", []) + table.get("values", []):
-            if not math.isfinite(value):
-                raise ValueError("a threshold is no number")
+        if (folder / "checkpoint.safetensors").exists() and not (folder / "pruner.json").exists():
+            raise InputError(f"{folder}: its training is not finished; run train.py again with --resume")
+        settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
+        check_settings(settings)
         with torch.device("meta"):  # takes no memory, whatever width is named
             scorer = Scorer(settings["width"])
         with safe_open(folder / "scorer.safetensors", "pt") as file:
             for name, t in scorer.state_dict().items():
                 if file.get_slice(name).get_shape() != list(t.shape):
                     raise ValueError(f"{name} has another shape than by width {settings['width']}")
-            scorer.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)
-        for name, t in scorer.state_dict().items():
-            if not t.isfinite().all():
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        for name, t in weights.items():
+            if not (t.is_floating_point() and t.float().isfinite().all()):
                 raise ValueError(f"{name} holds what is no number")
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as e:
+        scorer.load_state_dict(weights, assign=True)
+    except (OSError, ValueError, TypeError, OverflowError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner ({short(e)}); give a "
                          "folder that train.py wrote") from None
     return scorer.float().eval().requires_grad_(False), {**settings, "folder": folder}
 
+
+def fingerprint(module):
+    """Twelve hex digits for a model, of its config and some 64 values of each weight; no path or date is in it."""
+    config = module.config.to_diff_dict() if hasattr(module, "config") else {}
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, t in module.state_dict().items():
+        some = t.flatten()[::max(1, t.numel() // 64)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# --- a budget on average --------------------------------------------------------------------------
 
 @torch.no_grad()
 def thresholds(vlm, scorer, choose, batches):
@@ -83,62 +120,77 @@ def thresholds(vlm, scorer, choose, batches):
 
 def threshold_of(budget, settings, N):
     """The T above which a budget ~K holds on average, from the pruner's table. N: visual tokens, or None."""
-    told, table = f"--keep {budget}: {settings.get('folder', 'the pruner')}", settings.get("thresholds") or {}
-    if len(table.get("shares", [])) < 2:
-        raise InputError(f"{told} has no thresholds: its training is not finished, or held out too few images; give a "
-                         "number without ~")
+    pruner = f"--keep {budget}: {settings.get('folder', 'the pruner')}"
+    table = settings.get("thresholds") or {"shares": []}
+    shares = table["shares"]
+    if len(shares) < 2:
+        raise InputError(f"{pruner} has no thresholds: its training is not finished, or held out too few images; "
+                         "give a number without ~")
     if budget.count and N is None:
-        raise InputError(f"--keep {budget}: this model's pictures differ in their number of tokens; give a share, as "
-                         "~11.1%")
+        raise InputError(f"--keep {budget}: this model's pictures differ in their number of tokens; give a share, "
+                         "as ~11.1%")
     if budget.count and N != settings["tokens"]:
-        raise InputError(f"{told} was trained with {settings['tokens'] or 'a varying number of'} visual tokens, and "
-                         f"this model has {N}; give a share, as ~11.1%")
-    share, shares, values = budget.share or budget.count / N, table["shares"], table["values"]
+        raise InputError(f"{pruner} was trained with {settings['tokens'] or 'a varying number of'} visual tokens, "
+                         f"and this model has {N}; give a share, as ~11.1%")
+    share = budget.share or budget.count / N
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
-        raise InputError(f"{told} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the tokens; stay within "
-                         "these, or give a number without ~")
+        raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the tokens; stay "
+                         "within these, or give a number without ~")
     i = bisect_left(shares, share, 1, len(shares) - 1)
-    return values[i - 1] + (values[i] - values[i - 1]) * (share - shares[i - 1]) / (shares[i] - shares[i - 1])
+    low, high = shares[i - 1:i + 1]
+    at_low, at_high = table["values"][i - 1:i + 1]
+    return at_low + (at_high - at_low) * (share - low) / (high - low)
 
 
-def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
-    """(choose, what it goes by): choose(X, inputs) -> keep (B, K), or None for all tokens.
+# --- the choice -----------------------------------------------------------------------------------
 
-    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: one of RANKINGS (None: what
-    the pruner says). InputError for a budget that cannot be, or that the pruner has no threshold for.
-    """
-    how = choose or settings["choose"]
-    goes_by = {"threshold": T, "choose": how}
-    if T is None:
-        budget = budget or Budget.parse(settings["keep"])
-        if budget.everything or budget == Budget(count=vlm.tokens):
-            return (lambda X, inputs: None), {"keep": "all"}
-        if vlm.tokens and budget.count and budget.count > vlm.tokens:
-            raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
-        goes_by = {"keep": str(budget), "choose": how}
-        if budget.average:
-            if how != settings["choose"]:
-                raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose {settings['choose']}; "
-                                 "give a number without ~")
-            T = threshold_of(budget, settings, vlm.tokens)
+def by_budget(choose, budget):
+    """choose(X, inputs) from a choose(X, inputs, K)."""
+    return lambda X, inputs: choose(X, inputs, budget.of(real_tokens(X, inputs.get("valid"))))
 
-    def chosen(X, inputs):
+
+def by_scores(vlm, scorer, ranking, budget, T=None):
+    """choose(X, inputs) by a pruner's scores: as many as the budget says, or with T all that rank above it."""
+    def choose(X, inputs):
         valid = inputs.get("valid")  # (B, N), or None
         scores = scorer(X, valid)  # (B, N)
         if not (scores < math.inf).all():
             raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try --dtype float32")
-        ranking = RANKINGS[how](scores, X)  # (B, N)
-        K = budget.of(real_tokens(X, valid)) if T is None else count_above(ranking, T)
-        return select(ranking, K)  # (B, K)
-    return chosen, goes_by
+        d = ranking(scores, X)  # (B, N)
+        K = budget.of(real_tokens(X, valid)) if T is None else count_above(d, T)
+        return select(d, K)  # (B, K)
+    return choose
 
 
-def fingerprint(module):
-    """Twelve hex digits for a model, of its config and some 64 values of each weight; no path or date is in it."""
-    config = module.config.to_diff_dict() if hasattr(module, "config") else {}
-    config.pop("transformers_version", None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, t in module.state_dict().items():
-        some = t.flatten()[::max(1, t.numel() // 64)].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:12]
+def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
+    """(choose, by): choose(X, inputs) -> keep (B, K), or None for all tokens; by says what it goes by, for a record.
+
+    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: one of
+    RANKINGS, or a criterion (None: what the settings say). scorer: None where there is no pruner.
+    InputError for a budget that cannot be, and for what needs a pruner, or another one.
+    """
+    choose = choose or settings["choose"]
+    budget = budget or Budget.parse(settings["keep"])
+    by = {"keep": str(budget), "choose": choose} if T is None else {"threshold": T, "choose": choose}
+    if T is None and (budget.everything or budget == Budget(vlm.tokens)):
+        return (lambda X, inputs: None), {"keep": "all"}
+    if T is None and vlm.tokens and budget.count and budget.count > vlm.tokens:
+        raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
+    if choose not in RANKINGS:
+        fitting = criteria(vlm)
+        if choose not in fitting:
+            names = ", ".join(name for name in fitting if name != "pooling")
+            raise InputError(f"--choose {choose}: {vlm.name} has no square grid of tokens, or no class token, for it; "
+                             f"give one of {names}")
+        if T is not None or budget.average:
+            raise InputError(f"--choose {choose}: has no thresholds, for which --threshold and --keep ~K need a trained "
+                             "pruner; give a number without ~")
+        return by_budget(fitting[choose], budget), by
+    if scorer is None:
+        raise InputError(f"--choose {choose}: needs a pruner; train one with train.py, or leave --choose out")
+    if T is None and budget.average:
+        if choose != settings["choose"]:
+            raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose {settings['choose']}; "
+                             "give a number without ~")
+        T = threshold_of(budget, settings, vlm.tokens)
+    return by_scores(vlm, scorer, RANKINGS[choose], budget, T), by

@@ -2,6 +2,7 @@
 Public benchmarks by lmms-eval (tried: 0.7.3), answered greedily and pruned as by infer.py.
 
     python -m eval.lmms --tasks pope,gqa --pruner out-7b --keep 64      # --include_path DIR for tasks of your own
+    python -m eval.lmms --tasks pope,gqa --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 64
 
 lmms-eval's own command finds the model by an entry point. In this folder, with a new folder diffprune-0.dist-info:
     printf '[lmms_eval.models]\ndiffprune = eval.lmms:MANIFEST\n' > diffprune-0.dist-info/entry_points.txt
@@ -11,11 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
+if not __package__:
+    print("error: start it in the folder above, as python -m eval.lmms", file=sys.stderr)
+    sys.exit(2)
+
 from PIL import Image
 
 from common.files import InputError, cli, short
-from data.pictures import upright
 from common.pruner import chooser
+from data.pictures import upright
 from eval.tables import budgets, check, save
 from infer import add_pruner_arguments, load_pruned
 
@@ -33,42 +38,57 @@ MANIFEST = ModelManifest("diffprune", simple_class_path="eval.lmms.Pruned")
 
 
 class Pruned(lmms):
-    def __init__(self, keep=None, batch_size=16, **options):  # pruner, model, device, dtype: as infer.py's
+    """What lmms-eval takes for a model. options: pruner, model, choose, device and dtype, as infer.py's."""
+
+    def __init__(self, keep=None, batch_size=16, **options):
         super().__init__()
-        add_pruner_arguments(parser := argparse.ArgumentParser(prog="diffprune"))
+        parser = argparse.ArgumentParser(prog="diffprune")
+        add_pruner_arguments(parser)
         args = parser.parse_args([f"--{name}={value}" for name, value in options.items() if value])
         self.vlm, scorer, settings = load_pruned(args)
         budget = budgets([str(keep)], self.vlm)[0] if keep else None
-        self.choose, self.batch = chooser(self.vlm, scorer, settings, budget)[0], max(1, int(batch_size))
+        self.choose, _ = chooser(self.vlm, scorer, settings, budget, choose=args.choose)
+        self.batch = max(1, int(batch_size))
 
     def question(self, request):
         """(picture, text) of a request. InputError if it asks for more than a greedy answer about one picture."""
         text, options, doc_to_visual, number, task, split = request.args
-        where, found = f"{task}, document {number}", doc_to_visual(self.task_dict[task][split][number]) or []
+        where = f"{task}, document {number}"
+        pictures = doc_to_visual(self.task_dict[task][split][number]) or []
         greedy = not options.get("temperature") and (options.get("num_beams") or 1) == 1
-        if len(found) != 1 or not isinstance(found[0], Image.Image) or not greedy:
-            raise InputError(f"{where}: {len(found)} pictures or videos, {options}; it must be one picture and greedy")
+        if len(pictures) != 1 or not isinstance(pictures[0], Image.Image) or not greedy:
+            raise InputError(f"{where}: {len(pictures)} pictures or videos, {options}; it must be one picture, and "
+                             "greedy")
         text = text.replace("<image>", "").replace(self.vlm.processor.image_token, "").strip()
         self.vlm.check_text(text, where)
-        return upright(found[0]), text
+        return upright(pictures[0]), text
+
+    def batches(self, requests):
+        """(numbers of requests, new tokens at most): alike in these, and in length, so that little is padding."""
+        limits = [request.args[1].get("max_new_tokens") or 128 for request in requests]  # 128: as infer.py
+        order = sorted(range(len(requests)), key=lambda i: (limits[i], len(requests[i].args[0])))
+        while order:
+            limit = limits[order[0]]
+            part = [i for i in order[:self.batch] if limits[i] == limit]
+            order = order[len(part):]
+            yield part, limit
 
     def generate_until(self, requests):
         """(answer, {tokens that the LLM read and wrote}) of the requests, in their order."""
-        results, tokenizer = {}, self.vlm.processor.tokenizer
-        words = [request.args[1].get("max_new_tokens") or 128 for request in requests]  # 128: as infer.py
-        order = sorted(range(len(requests)), key=lambda i: (words[i], len(requests[i].args[0])))
-        while order:
-            part = [i for i in order[:self.batch] if words[i] == words[order[0]]]
-            order = order[len(part):]
-            pictures, texts = map(list, zip(*(self.question(requests[i]) for i in part)))
-            inputs = self.vlm.inputs(pictures, texts)
+        results = [None] * len(requests)
+        for part, limit in self.batches(requests):
+            pictures, texts = zip(*(self.question(requests[i]) for i in part))
+            inputs = self.vlm.inputs(list(pictures), list(texts))
             X = self.vlm.encode(inputs)  # (B, N, d_v)
-            keep, read = self.choose(X, inputs), inputs["attention_mask"].sum(1)  # (B, K) or None, (B,)
+            keep = self.choose(X, inputs)  # (B, K), or None
+            read = inputs["attention_mask"].sum(1)  # (B,)
             if keep is not None:
                 read = read - self.vlm.visual(inputs).sum(1) + (keep >= 0).sum(1)
-            for i, n, answer in zip(part, read.tolist(), self.vlm.generate(inputs, X, keep, words[part[0]])):
-                results[i] = answer, {"input_tokens": n, "output_tokens": len(tokenizer.tokenize(answer))}
-        return [results[i] for i in range(len(requests))]
+            answers = self.vlm.generate(inputs, X, keep, limit)
+            for i, n, answer in zip(part, read.tolist(), answers):
+                written = len(self.vlm.processor.tokenizer.tokenize(answer))
+                results[i] = answer, {"input_tokens": n, "output_tokens": written}
+        return results
 
     def loglikelihood(self, requests):
         raise InputError(f"{requests[0].task_name}: asks for likelihoods or several rounds; give a task of one answer")
@@ -77,20 +97,23 @@ class Pruned(lmms):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", required=True, help="names of lmms-eval's tasks, with commas between them")
-    parser.add_argument("--include_path", metavar="DIR", help="folder of task files of your own")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the results, and under which conditions")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time")
-    parser.add_argument("--keep", metavar="K", help="visual tokens to keep, as of infer.py")
+    add = parser.add_argument
+    add("--tasks", required=True, help="names of lmms-eval's tasks, with commas between them")
+    add("--include_path", metavar="DIR", help="folder of task files of your own")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    add("--json", type=Path, metavar="FILE", help="save the results, and under which conditions")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions at a time")
+    add("--keep", metavar="K", help="visual tokens to keep, as of infer.py")
     add_pruner_arguments(parser)
     args = parser.parse_args()
     check(args, "limit", "batch_size")
-    manager, tasks = TaskManager("WARNING", include_path=args.include_path), args.tasks.split(",")
+    manager = TaskManager("WARNING", include_path=args.include_path)
+    tasks = args.tasks.split(",")
     if not set(tasks) <= set(manager.all_tasks):
         raise InputError(f"--tasks {args.tasks}: lmms-eval knows not all; python -m lmms_eval --tasks list names them")
-    lm = Pruned(args.keep, args.batch_size, pruner=args.pruner, model=args.model, device=args.device, dtype=args.dtype)
-    results = evaluator.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=args.limit)
+    options = {name: getattr(args, name) for name in ("pruner", "model", "choose", "device", "dtype")}
+    model = Pruned(args.keep, args.batch_size, **options)
+    results = evaluator.simple_evaluate(model=model, tasks=tasks, task_manager=manager, limit=args.limit)
     print(make_table(results))
     if args.json:
         save(args.json, "python -m eval.lmms", {name: results.get(name) for name in ("results", "efficiency")})

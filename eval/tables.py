@@ -6,6 +6,7 @@ What all measurements share: tables, and a JSON file that says under which condi
     save(Path("speed.json"), "python bench.py", {"speed": …})
 """
 import platform
+import re
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from common.budget import Budget
-from common.files import InputError, rounded, write
+from common.files import InputError, check_place, rounded, write
 
 
 def mean(values):
@@ -50,12 +51,18 @@ def spread(values, digits=1):
 
 def conditions():
     """What a number depends on beside the code."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu[0], "threads": torch.get_num_threads(), "gpu": gpu,
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    info, names = Path("/proc/cpuinfo"), []
+    if info.exists():
+        names = re.findall("^model name.*: (.*)", info.read_text(), re.M)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": [*names, platform.processor()][0],
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def save(path, program, measured):
@@ -66,18 +73,22 @@ def save(path, program, measured):
 
 def made_by(file):
     """The command, machine and date of a saved file, in a sentence."""
-    c, seeds = file["conditions"], f", {file['seeds']} seeds" if "seeds" in file else ""
-    return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch {c['torch']}, transformers "
-            f"{c['transformers']}, {c['date']}{seeds}.")
+    c = file["conditions"]
+    seeds = f", {file['seeds']} seeds" if "seeds" in file else ""
+    return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch {c['torch']}, "
+            f"transformers {c['transformers']}, {c['date']}{seeds}.")
 
 
 def check(args, *names):
-    """InputError unless these arguments are 1 or more, and the folder of --json is there."""
+    """InputError unless these arguments are 1 or more, and --json names a place for measurements."""
     for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise InputError(f"--json {args.json}: there is no such folder; make it first")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if args.json:
+        check_place("--json", args.json, (".json",))
+        if args.json.exists() and '"conditions"' not in args.json.read_text(errors="replace"):
+            raise InputError(f"--json {args.json}: is there, and holds no measurements; give another name")
 
 
 def budgets(texts, vlm):
@@ -88,6 +99,7 @@ def budgets(texts, vlm):
         raise InputError(f"--keep: {e}") from None
     if vlm.tokens is None:
         return parsed
+    counts = [Budget(budget.of(vlm.tokens), average=budget.average) for budget in parsed]
     if any(budget.count and budget.count > vlm.tokens for budget in parsed):
         raise InputError(f"--keep {' '.join(texts)}: {vlm.name} has {vlm.tokens} visual tokens; give at most that many")
-    return [Budget(budget.of(vlm.tokens), average=budget.average) for budget in parsed]
+    return counts
