@@ -100,8 +100,8 @@ def load_pruned(args, kind=None):
         scorer = None
         settings["choose"] = args.choose or "diversity"
         if args.choose in RANKINGS:
-            raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for {name}; give its folder "
-                             f"with --pruner, train one, or choose by {', '.join(UNTRAINED)}")
+            raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for {name}; train one, "
+                             f"give its folder with --pruner, or choose by {', '.join(UNTRAINED)}")
         until = "" if args.choose else ", until one is trained by train.py (or given by --pruner)"
         print(f"model {name}, no pruner: {settings['choose']} chooses{until}", file=sys.stderr)
     else:
@@ -339,12 +339,12 @@ def check_inference(args):
     if args.show and not args.question:
         raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
     if args.show:
-        check_place("--show", args.show, (".png", ".jpg"), args.image)
+        check_place("--show", args.show, args.image, (".png", ".jpg"))
         if args.show.exists() and not (args.overwrite or drawn_here(args.show)):
             raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give another name, or "
                              "--overwrite it")
     if args.answers:
-        check_place("--answers", args.answers, (".jsonl",), args.questions)
+        check_place("--answers", args.answers, args.questions, (".jsonl",))
     try:
         return Budget.parse(args.keep) if args.keep else None
     except ValueError as e:

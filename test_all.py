@@ -7,6 +7,7 @@ simulation against closed forms for the gate, stock transformers and the full mo
 import fcntl
 import copy
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is tested on the CPU: autograd refuses to run in a fork that sees a GPU
 
@@ -37,6 +39,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
@@ -57,7 +60,7 @@ from common.processes import Processes
 from data.shapes import prepare as shapes
 from common.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
-from eval import accuracy
+from eval import accuracy, tables
 from model import VLM, Llava, load
 from results import study
 from throttler import Attention, Scorer, distinct, select, soft_top_k, standardised, vp_gate, whitening
@@ -446,24 +449,29 @@ def test_budgets_are_parsed_once_and_count():
 
 def test_greedy_choices_are_their_definitions_written_out():
     X = torch.randn(10, 20, 40) + 2 * torch.randn(40)
-    ways = criteria.coverage(X, 7), criteria.max_min_diversity(X, 7), criteria.dpp(X, 7)
-    for x, *chosen in zip(X.double(), *ways):
+    choices = criteria.max_min_diversity, criteria.dpp, criteria.coverage
+    for x, *keeps in zip(X.double(), *(choose(X, 4) for choose in choices)):  # later, tokens may cover equally much
+        centred = x - x.mean(0)
         cosine = F.cosine_similarity(x[:, None], x, dim=-1)
-        centred = F.cosine_similarity((x - x.mean(0))[:, None], x - x.mean(0), dim=-1)
-        values = (lambda i, kept: sum(max(0, *(centred[n, j].item() for j in [*kept, i])) for n in range(20)),
-                  lambda i, kept: min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i}),
-                  lambda i, kept: round(torch.logdet(cosine[[*kept, i]][:, [*kept, i]]).item(), 9))  # the first: 0
-        for keep, value in zip(chosen, values):
+        alike = F.cosine_similarity(centred[:, None], centred, dim=-1).clamp_min(0)
+
+        def apart(i, kept):
+            return min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i})
+
+        def volume(i, kept):
+            rows = [*kept, i]
+            return round(torch.logdet(cosine[rows][:, rows]).item(), 9)  # the first: 0
+
+        def covered(i, kept):
+            return alike[:, [*kept, i]].amax(1).sum().item()
+
+        for keep, value in zip(keeps, (apart, volume, covered)):
             kept = []
-            while len(kept) < (keep >= 0).sum():
+            while len(kept) < 4:
                 kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
-            if value is values[0]:  # two tokens may cover equally much
-                a, b = keep.tolist(), kept
-                assert len(set(a)) == 7 and value(a[0], a[1:]) == pytest.approx(value(b[0], b[1:]), rel=1e-5)
-            else:
-                assert keep.tolist() == sorted(kept)
+            assert keep.tolist() == sorted(kept), value.__name__
     twins = torch.ones(2, 30, 3)
-    for choose in (criteria.coverage, criteria.max_min_diversity, criteria.dpp):
+    for choose in choices:
         assert (choose(twins, 20).diff(dim=1) > 0).all(), "no token twice, even if all are alike"
 
 
@@ -1773,18 +1781,57 @@ def test_a_sample_depends_on_seed_and_number_alone(tmp_path):
     assert ordered[0][2:] == (PICTURE.name, [str(tmp_path / "bad.jpg")]) and ordered[3][2] == EXAMPLES[2].name
 
 
+def table(shares, values):
+    return {"thresholds": {"shares": shares, "values": values}}
+
+
 @pytest.mark.parametrize("words, tensors, changes", [
-    ("head.weight", {"head.weight": None}, {}), ("more", {"more": torch.ones(1)}, {}),
-    ("norm.weight", {"norm.weight": torch.ones(65)}, {}), ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
-    ("no trained", {}, {"width": 10 ** 9}), ("no trained", {}, {"width": 65}), ("no trained", {}, {"width": "64"}),
-    ("no keep", {}, {"keep": None}), ("no budget", {}, {"keep": "some"}), ("no trained", {}, {"thresholds": [1]}),
-    ("choose", {}, {"choose": 3}), ("no number", {}, {"thresholds": {"shares": [0.1, 1], "values": [1.0, math.nan]}})])
+    ("head.weight", {"head.weight": None}, {}),
+    ("more", {"more": torch.ones(1)}, {}),
+    ("norm.weight", {"norm.weight": torch.ones(65)}, {}),
+    ("norm.bias", {"norm.bias": torch.full((64,), math.nan)}, {}),
+    ("norm.bias", {"norm.bias": torch.zeros(64, dtype=torch.complex64)}, {}),
+    ("norm.bias", {"norm.bias": torch.zeros(64, dtype=torch.long)}, {}),
+    ("norm.bias", {"norm.bias": torch.full((64,), 1e300, dtype=torch.float64)}, {}),
+    ("no trained", {}, {"width": 10 ** 9}),  # squared it would take 4 exabytes
+    ("no trained", {}, {"width": 65}),
+    ("no keep", {}, {"keep": None}),
+    ("no budget", {}, {"keep": "some"}),
+    ("equally many numbers", {}, table([0.1, 1], [1.0, math.nan])),
+    ("equally many numbers", {}, table([0.1, 0.5, 1], [1.0, 0.0])),
+    ("must rise", {}, table([0.1, 1], [-1.0, 2.0])),
+    ("must rise", {}, table([1, 0.1], [2.0, -1.0])),
+    ("must rise", {}, table([0.1, 1], [0.5, 0.5])),
+    ("must rise", {}, table([0.5, 0.5], [2.0, -1.0])),
+    ("must rise", {}, table([5, 100], [2.0, -1.0])),
+    ("no trained", {}, table(["a", "b"], [2.0, -1.0])),
+    ("no trained", {}, {"thresholds": {"shares": [0.1, 1]}})])
 def test_bad_pruners_are_named_before_memory_is_taken(words, tensors, changes, tmp_path):
-    settings = {"model": str(TINY), "width": 64, "tokens": 144, "keep": 16} | changes
-    tensors = {name: t.clone() for name, t in (Scorer(64).state_dict() | tensors).items() if t is not None}
-    save_file(tensors, tmp_path / "scorer.safetensors")
-    files.write(tmp_path / "pruner.json", {name: value for name, value in settings.items() if value is not None})
-    complaint(words, pruner.load_pruner, tmp_path)  # 10⁹ squared would take 4 exabytes
+    complaint(words, pruner.load_pruner, pruner_folder(tmp_path, tensors, changes))
+
+
+def pruner_folder(folder, tensors={}, changes={}):
+    """A folder with a random pruner; None in place of a tensor or a setting leaves it out."""
+    settings = {"model": str(TINY), "width": 64, "tokens": 144, "keep": 16, "choose": "top", **changes}
+    tensors = Scorer(64).state_dict() | tensors
+    save_file({name: t.clone() for name, t in tensors.items() if t is not None}, folder / "scorer.safetensors")
+    files.write(folder / "pruner.json", {name: value for name, value in settings.items() if value is not None})
+    return folder
+
+
+@pytest.mark.parametrize("field", ["model", "width", "tokens", "keep", "choose", "thresholds"])
+def test_any_json_type_in_any_field_of_a_pruner_is_one_line_or_meant(field, tmp_path):
+    meant = {"model": ["text"], "width": [], "tokens": [7], "keep": [7], "choose": [], "thresholds": []}[field]
+    for value in (True, 7, -1.5, "text", [], [[1]], {}, {"shares": 3, "values": 3}, 10 ** 400):
+        folder = pruner_folder(tmp_path, changes={field: value})
+        if value in meant and value is not True:
+            pruner.load_pruner(folder)
+        elif (field, value) != ("tokens", 10 ** 400):
+            complaint("its pruner.json and", pruner.load_pruner, folder)
+    for whole in ("[]", "3", "null", "{", 9999 * "["):
+        (tmp_path / "pruner.json").write_text(whole)
+        complaint("its pruner.json and", pruner.load_pruner, tmp_path)
+    complaint("no trained", pruner.load_pruner, tmp_path / (300 * "n"))
 
 
 def test_a_threshold_keeps_what_lies_above_it_and_a_budget_on_average_goes_by_a_table_of_them():
@@ -1813,14 +1860,19 @@ def test_the_chooser_keeps_what_it_says(vlm, features):
     X, T = features[:3].float(), 1 - 3 * 16 / 144
     scores = scorer(X)
     above = select(scores, count_above(standardised(scores), T))
-    for options, keep, goes_by in (
+    spread = select(distinct(scores, X), 9)
+    for options, keep, by in (
             ({}, above, {"keep": "~16"}), ({"T": T}, above, {"threshold": T}),
             ({"budget": Budget(9)}, select(scores, 9), {"keep": "9"}),
-            ({"budget": Budget(9), "choose": "distinct"}, select(distinct(scores, X), 9), {"keep": "9"})):
-        choose, told = pruner.chooser(vlm, scorer, settings, **options)
-        assert choose(X, {}).equal(keep) and told == {**goes_by, "choose": options.get("choose", "top")}
+            ({"budget": Budget(9), "choose": "distinct"}, spread, {"keep": "9"}),
+            ({"budget": Budget(9), "choose": "coverage"}, criteria.coverage(X, 9), {"keep": "9"})):
+        choose, record = pruner.chooser(vlm, scorer, settings, **options)
+        assert choose(X, {}).equal(keep) and record == {**by, "choose": options.get("choose", "top")}
     assert pruner.chooser(vlm, scorer, settings, Budget(144))[0](X, {}) is None
     complaint("no numbers", pruner.chooser(vlm, lambda X, valid: scores * math.nan, settings)[0], X, {})
+    for options, words in (({"budget": Budget(145)}, "145: .*has 144"), ({"choose": "distinct"}, "for --choose top"),
+                           ({"choose": "DPP"}, "need a trained pruner"), ({"choose": "DPP", "T": 1.0}, "need a trained")):
+        complaint(words, pruner.chooser, vlm, scorer, settings, **options)
 
 
 def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(backbone, tmp_path, monkeypatch):
@@ -1841,6 +1893,94 @@ def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(backbone, tmp_
             close(standardised(scorer(x))[0], z[i % 3, :N], atol=1e-6)
             assert not X[i % 3, N:].any() and z[i % 3, N:].isneginf().all()
             assert vlm.generate(inputs, x, choose(x, inputs), 5)[0] == said[i]
+
+
+def test_every_backbone_chooses_without_a_pruner_and_each_picture_from_itself_alone(backbone, tmp_path):
+    vlm, inputs, X = backbone
+    N = real(inputs, X).sum(1)
+    settings, names = {"keep": "30%", "choose": "diversity"}, set(criteria.criteria(vlm)) - {"pooling"}
+    assert {"diversity", "coverage", "DPP", "norm", "random"} <= names <= {*criteria.UNTRAINED}
+    alone = [vlm.inputs([scene], QUESTIONS[:1]) for scene in SCENES]
+    for name in sorted(names):
+        choose, by = pruner.chooser(vlm, None, settings, choose=name)
+        keep = choose(X, inputs)
+        assert by == {"keep": "30%", "choose": name} and ((keep >= 0).sum(1) == Budget(share=0.3).of(N)).all()
+        for x, n, kept, one in zip(X, N, keep, alone):
+            assert choose(x[None, :n], one)[0].tolist() == kept[kept >= 0].tolist(), name
+    for name in {*criteria.UNTRAINED} - names:
+        complaint(f"{name}: .*give one of .*coverage", pruner.chooser, vlm, None, settings, choose=name)
+
+    choose, _ = pruner.chooser(vlm, None, settings)
+    for i, scene in enumerate(SCENES):
+        scene.save(tmp_path / f"{i}.png")
+    rows = [question(image=tmp_path / f"{i}.png", text=QUESTIONS[0]) for i in range(3)]
+    answers = dict(pair for part in infer.ask(vlm, rows, choose, max_new_tokens=3) for pair in part)
+    for i, one in enumerate(alone):
+        x = vlm.encode(one)
+        assert vlm.generate(one, x, choose(x, one), 3)[0] == answers[i]
+
+
+def test_a_model_gets_its_own_pruner_or_none(vlm, tmp_path, monkeypatch, capsys):
+    def loaded(*options):
+        run(infer.main, PICTURE, QUESTIONS[0], "--device", "cpu", *options)
+        return capsys.readouterr().err
+
+    models = []
+    monkeypatch.setattr(infer, "load", lambda name, *rest: models.append(name) or vlm)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    pruner_folder(out, changes={"model": "other/model", "finished": True, "width": 128})
+    scorer, settings = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    save_file(scorer.state_dict(), out / "scorer.safetensors")
+    assert f"pruner {out} (your training)" in loaded() and models.pop() == "other/model"
+    assert "pruner data/shapes/pruner (it ships" in loaded("--model", TINY) and models.pop() == str(TINY)
+    assert "warning: this pruner was trained for other/model" in loaded("--model", TINY, "--pruner", out)
+    assert "no pruner: diversity chooses, until one is trained" in loaded("--model", "a/third")
+    assert "no pruner: diversity chooses, until" in loaded("--pruner", "none", "--model", TINY)
+    assert loaded("--choose", "DPP", "--model", "a/third") == "model a/third, no pruner: DPP chooses\n"
+    for options in (("--pruner", "none", "--choose", "top"), ("--model", "a/third", "--choose", "distinct")):
+        complaint(f"{options[-1]}: needs a pruner", loaded, *options)
+    for options in (("--choose", "norm", "--keep", "~16"), ("--pruner", "none", "--threshold", "1")):
+        complaint("need a trained pruner", loaded, *options)
+
+
+def test_half_precision_reaches_the_scorer_on_a_gpu_alone(vlm, monkeypatch):
+    args = SimpleNamespace(pruner=None, model=None, choose=None, device="cpu", dtype="bfloat16")
+    frozen = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
+    fake = SimpleNamespace(processor=True, width=128, model=frozen)
+    assert infer.load_pruned(args, lambda *_: fake)[1].head.weight.dtype == torch.float32
+    frozen.device = torch.device("meta")  # any but the CPU
+    assert infer.load_pruned(args, lambda *_: fake)[1].head.weight.dtype == torch.bfloat16
+
+
+def test_the_cost_of_a_prefill_is_what_torch_counts(backbone):
+    vlm = backbone[0]
+    inputs = vlm.inputs(SCENES[:1], QUESTIONS[:1])
+    X = vlm.encode(inputs)
+    for keep in (None, torch.tensor([[0, 2, 5]])):
+        sequence = vlm.embed(inputs, X, keep)
+        out = vlm.model(**sequence, use_cache=True)
+        cache = out.get("cache") or out["past_key_values"]
+        measured = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        assert infer.prefill_cost(vlm, sequence["inputs_embeds"].shape[1])[0] == measured
+    assert infer.prefill_cost(vlm, 671)[1] == counted_flops(vlm.model.config, 671)
+
+
+@pytest.mark.parametrize("name", [TINY, "random:qwen2.5-vl-3b"])
+def test_the_cost_of_a_real_models_prefill_is_what_torch_counts(name):
+    vlm = load(name, "cpu" if name == TINY else "meta")
+    assert infer.prefill_cost(vlm, 671)[1] == counted_flops(vlm.model.config, 671)
+
+
+def counted_flops(config, L):
+    """FLOPs of a prefill of L tokens by torch's counter, on a model without weights."""
+    with torch.device("meta"), torch.no_grad():
+        stock = AutoModelForImageTextToText.from_config(config).eval()
+        embeds = torch.empty(1, L, stock.get_input_embeddings().embedding_dim)
+        with FlopCounterMode(display=False) as counter:
+            stock(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    return counter.get_total_flops()
 
 
 def test_the_images_cache_changes_nothing(backbone):
@@ -1864,10 +2004,58 @@ def test_one_question_from_the_command_line(vlm, tmp_path, capsys, monkeypatch):
     with open(PICTURE) as picture:
         monkeypatch.setattr(sys, "stdin", picture)
         run(infer.main, "-", QUESTIONS[0], *SHIPPED, "--show", tmp_path / "kept.png", "--json")
-    (*_, told, last), err = map(str.splitlines, capsys.readouterr())
-    assert re.fullmatch(r"kept 16 of 144 tokens, choice and prefill \d+ ms \(all tokens: \d+ ms\)", told)
-    assert len(json.loads(last)["kept"]) == 16 and Image.open(tmp_path / "kept.png").width == 1240
+    (*_, summary, last), err = map(str.splitlines, capsys.readouterr())
+    # 20 text tokens; a token's keys and values: 5 layers, 2 heads of 64, float32
+    L = vlm.inputs(SCENES[:1], QUESTIONS[:1])["input_ids"].shape[1]
+    few, many = (f"{L_kept * 5120 / 1e6:.2f}" for L_kept in (L - 128, L))
+    assert re.fullmatch(rf"kept 16 of 144 tokens: KV cache {few} of {many} MB, prefill 0.0\d of 0.4\d GFLOP "
+                        r"\(\d+ of \d+ ms with the choice\)", summary)
+    record = json.loads(last)
+    assert len(record["kept"]) == 16 and record["cache_bytes_all"] - record["cache_bytes"] == 128 * 5120
+    assert Image.open(tmp_path / "kept.png").width == 1240
     assert len(err) == 1 and "model data/shapes/llava, pruner" in err[0]
+
+
+def test_show_and_answers_replace_neither_what_is_read_nor_what_others_made(vlm, tmp_path, monkeypatch):
+    def show(name, *options):
+        run(infer.main, tmp_path / "photo.jpg", QUESTIONS[0], *SHIPPED, "--show", tmp_path / name, *options)
+
+    monkeypatch.setattr(infer, "load", lambda *a: vlm)
+    photo, other, shown = (tmp_path / name for name in ("photo.jpg", "other.png", "kept.png"))
+    shutil.copy(PICTURE, photo)
+    SCENES[0].save(other)
+    os.link(photo, tmp_path / "hard.jpg")
+    (tmp_path / "soft.jpg").symlink_to(photo)
+    for name in ("photo.jpg", "hard.jpg", "soft.jpg"):
+        complaint("is the file that is read", show, name, "--overwrite")
+    complaint("was not drawn by infer.py", show, "other.png")
+    assert photo.read_bytes() == PICTURE.read_bytes() and Image.open(other).size == SCENES[0].size
+    for _ in range(2):  # its own, again
+        show("kept.png")
+        show("kept.jpg", "--choose", "CLS")
+    show("other.png", "--overwrite")
+    assert Image.open(shown).size == Image.open(other).size
+    files.write(tmp_path / "q.jsonl", [question()])
+    os.link(tmp_path / "q.jsonl", tmp_path / "a.jsonl")
+    complaint("is the file that is read", run, infer.main, "--questions", tmp_path / "q.jsonl", "--answers",
+              tmp_path / "a.jsonl", "--overwrite")
+    args = SimpleNamespace(json=tmp_path / "q.json")
+    args.json.write_text("[]")
+    complaint("holds no measurements", tables.check, args)
+
+
+def test_where_one_may_not_write_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "load", None)  # no model is loaded
+    one = functools.partial(run, infer.main, PICTURE, QUESTIONS[0])
+    many = functools.partial(run, infer.main, "--questions", tmp_path / "q.jsonl")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("none/a", 300 * "n", "folder"):
+        complaint("cannot be written", one, "--show", tmp_path / f"{name}.png")
+    for options in (("--answers", tmp_path / "none/a.jsonl"), ("--answers", tmp_path / f"{300 * 'n'}.jsonl")):
+        complaint("cannot be written", many, *options)
+    complaint("no trained pruner", one, "--pruner", tmp_path / (300 * "n"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    complaint("cannot be written", one, "--show", tmp_path / "a.png")
 
 
 def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, monkeypatch):
@@ -1875,10 +2063,14 @@ def test_a_chat_answers_as_single_runs_do_and_outlives_a_bad_question(capsys, mo
     for text in QUESTIONS:
         run(infer.main, PICTURE, text, *SHIPPED)
         alone.append(capsys.readouterr().out.splitlines()[0])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([QUESTIONS[0], "", "Is <image> red?", *QUESTIONS[1:]])))
+    lines = [QUESTIONS[0].encode(), b"", b"Is <image> red?", b"Is it \xff?", *(text.encode() for text in QUESTIONS[1:])]
+    typed = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
     run(infer.main, PICTURE, *SHIPPED)
     out, err = capsys.readouterr()
-    assert out.splitlines()[::2] == alone and err.count("error: ") == 1 and "<image>" in err.splitlines()[-1]
+    summary, *answers = out.splitlines()
+    assert answers == alone and summary.startswith("kept 16 of 144 tokens: KV cache")
+    assert err.count("error: ") == 2 and "<image>" in err and "half a character" in err.splitlines()[-1]
 
 
 # --- criteria, accuracy, speed ----------------------------------------------------------------------------------------
@@ -1915,6 +2107,7 @@ def test_where_images_differ_in_tokens_each_is_chosen_from_alone():
         keep = choose(X, inputs, K)
         assert ((keep >= 0).sum(1) == K).all() and (keep < N[:, None]).all() and (keep[1, :2] == -1).all()
         assert name == "random" or keep[1, 2:].equal(choose(X[1:, :20], {}, 4)[0]), name
+    assert ways["coverage"](X, inputs, K)[0].equal(criteria.coverage(X[:1], 6)[0])
 
 
 def drawn(folder):
@@ -1949,14 +2142,55 @@ def test_random_is_the_mean_of_its_draws_one_for_each_image(vlm, tmp_path, monke
     assert set(counts["random 16"]) == {16} and len(right["uniform 16"]) == 30
 
 
-def test_retention_leaves_out_what_the_full_model_never_gets_and_its_interval_is_over_images():
-    full = {"a": 0.5, "b": 0.0}
+def test_retention_is_a_mean_of_ratios_and_its_interval_is_over_images():
+    assert accuracy.retention({"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 0.5}) == 75  # of means it would be 66.7
+    full = {"a": 0.5, "b": 0.0}  # b: what the full model never gets right has no ratio
     assert accuracy.retention({"a": 0.25, "b": 0.0}, full) == accuracy.retention({"a": 0.25, "b": 0.5}, full) == 50
     rows = [dict(image=i // 5, category="abcde"[i % 5]) for i in range(2000)]  # 400 images with five questions each
     full, pruned = [1.0] * 2000, [float(i // 5 < 320) for i in range(2000)]  # an image's five succeed or fail together
     assert accuracy.bootstrap(full, full, rows) == (100, 100)
     half_width = 100 * 1.96 * (0.8 * 0.2 / 400) ** 0.5  # binomial
     assert accuracy.bootstrap(pruned, full, rows) == pytest.approx((80 - half_width, 80 + half_width), abs=0.5)
+
+
+def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch, capsys):
+    """400 pictures with two questions each. All tokens answer every a and half of the b right, 16 random ones four
+    fifths of the a (of the first pictures) and half of the b: (80 % + 100 %) / 2; of means it would be 86.7."""
+    rows = [dict(image=i // 2, category="ab"[i % 2]) for i in range(800)]
+
+    def stub(vlm, rows, ways):
+        full = [1.0, 0.0, 1.0, 1.0] * 200
+        pruned = [mark if i % 2 else float(i < 640) for i, mark in enumerate(full)]
+        right = {name: pruned if name == "random 16" else full for name in ways}
+        return right, {name: [16] * 800 for name in ways}
+
+    monkeypatch.setattr(accuracy, "right_or_wrong", stub)
+    table = accuracy.accuracy_table(vlm, None, {"choose": "diversity", "keep": "16"}, rows, [Budget(16)])
+    assert table["random 16"] == {"a": 0.8, "b": 0.5} and table["all 144"] == {"a": 1.0, "b": 0.5}
+    printed = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    assert printed["random 16"][-2] == "90.0" and printed["all 144"][-2:] == ["100.0", "100.0–100.0"]
+    low, high = map(float, printed["random 16"][-1].split("–"))
+    half_width = 100 * 1.96 * (0.8 * 0.2 / 400) ** 0.5 / 2  # binomial; the b's ratio is always 1
+    assert (low, high) == pytest.approx((90 - half_width, 90 + half_width), abs=0.3)
+    assert {"diversity 16", "uniform 16", "blind"} <= set(table) and not any("scorer" in name for name in table)
+
+
+def test_accuracy_without_a_pruner_is_what_infer_answers(tmp_path, capsys):
+    options = ("--questions", drawn(tmp_path), "--choose", "norm", "--keep", 16, "--device", "cpu")
+    run(accuracy.main, *options, "--seeds", 1, "--json", tmp_path / "accuracy.json")
+    capsys.readouterr()
+    run(infer.main, *options, "--answers", tmp_path / "answers.jsonl")
+    shares = json.loads((tmp_path / "accuracy.json").read_text())["accuracy"]["norm 16"]
+    printed = dict(re.findall(r"^(\w+) +([\d.]+)$", capsys.readouterr().out, re.M))
+    assert {kind: f"{100 * share:.1f}" for kind, share in shares.items()} == {kind: printed[kind] for kind in shares}
+    assert json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])["metadata"]["pruner"] == "none"
+
+
+@pytest.mark.parametrize("name", ["eval.accuracy", "eval.lmms", "results.study", "results.draw"])
+def test_a_script_in_a_folder_says_how_to_start_it(name):
+    file = ROOT / (name.replace(".", "/") + ".py")
+    result = subprocess.run([sys.executable, file], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"python -m {name}" in result.stderr
 
 
 def test_bench_times_every_stage_row_and_choice(tmp_path, capsys, monkeypatch):
@@ -1980,6 +2214,44 @@ LMMS_TASK = """{task: drawn, dataset_path: json, test_split: test, output_type: 
 dataset_kwargs: {data_files: {test: FOLDER/test.jsonl}, cache_dir: FOLDER/cache}, doc_to_text: "<image>{{text}}",
 doc_to_visual: !function pictures.of , generation_kwargs: {max_new_tokens: 128},
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]}"""
+
+
+@pytest.fixture
+def lmms_module(monkeypatch):
+    """eval.lmms on a stand-in for lmms-eval, which need not be installed."""
+    for name in ("", ".api", ".api.model", ".models", ".models.registry_v2", ".tasks", ".utils"):
+        monkeypatch.setitem(sys.modules, "lmms_eval" + name, mock.MagicMock())
+    sys.modules["lmms_eval.api.model"].lmms = type("lmms", (), {})
+    monkeypatch.delitem(sys.modules, "eval.lmms", raising=False)
+    yield importlib.import_module("eval.lmms")
+    sys.modules.pop("eval.lmms")
+
+
+def test_benchmarks_are_answered_in_their_order_whatever_the_batches(lmms_module, tmp_path):
+    def request(i, text, **options):
+        return SimpleNamespace(args=(text, options, lambda doc: doc, i, "task", "test"), task_name="task")
+
+    model = lmms_module.Pruned(keep="16", batch_size="4", pruner=ROOT / "data/shapes/pruner", device="cpu")
+    vlm, documents = model.vlm, [[SCENES[i % 3].convert("RGBA")] for i in range(12)]
+    model.task_dict = {"task": {"test": documents}}
+    limits = [None, 3, 128, 3, 1, None, 3, 3, 3, 3, 128, 1]
+    requests = [request(i, f"<image>\n{QUESTIONS[i // 4]}", max_new_tokens=n) for i, n in enumerate(limits)]
+    groups = list(model.batches(requests))
+    assert sorted(sum((part for part, _ in groups), [])) == list(range(12)) and max(len(part) for part, _ in groups) == 4
+    for i, (answer, counts) in enumerate(model.generate_until(requests)):
+        inputs = vlm.inputs([SCENES[i % 3]], [QUESTIONS[i // 4]])
+        X = vlm.encode(inputs)
+        assert answer == vlm.generate(inputs, X, model.choose(X, inputs), limits[i] or 128)[0]
+        assert counts["input_tokens"] == inputs["input_ids"].shape[1] - 144 + 16
+        assert counts["output_tokens"] == len(vlm.processor.tokenizer(answer, add_special_tokens=False).input_ids)
+    documents[1], documents[2] = [SCENES[0], SCENES[1]], []
+    for bad in (request(0, "?", temperature=0.5), request(0, "?", num_beams=3), request(1, "?"), request(2, "?")):
+        complaint(r"task, document \d: .*one picture, and greedy", model.generate_until, [bad])
+    complaint("likelihoods", model.loglikelihood, [requests[0]])
+    untrained = lmms_module.Pruned(keep="9", choose="diversity", device="cpu")
+    inputs = vlm.inputs(SCENES[:1], ["?"])
+    X = vlm.encode(inputs)
+    assert untrained.choose(X, inputs).equal(criteria.max_min_diversity(X, 9))
 
 
 def test_lmms_eval_gets_the_answers_of_infer(tmp_path, monkeypatch):

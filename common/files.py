@@ -175,24 +175,33 @@ def write(path, content, note=None):
             temporary.unlink()
 
 
-def check_place(flag, path, endings, source=None):
-    """InputError unless a file can be written at this path, which is not the `source` that is read."""
-    place = Path(os.path.realpath(path))
-    try:
-        if Path(path).suffix not in endings:
-            raise OSError(f"its name must end in {' or '.join(endings)}")
-        with suppress(FileNotFoundError):
-            place.stat()  # the name is too long, its folder closed
-            if not place.is_file():
-                raise OSError("it is no ordinary file")
-            if source and os.path.exists(source) and place.samefile(source):
-                raise OSError("it is the file that is read")
-        if not place.parent.is_dir():
-            raise OSError("there is no such folder")
-        if not os.access(place.parent, os.W_OK) or place.exists() and not os.access(place, os.W_OK):
-            raise OSError("it may not be written to")
-    except OSError as e:
-        raise InputError(f"{flag} {path}: cannot be written ({short(e)}); give another place") from None
+def obstacle(path):
+    """Why no file can be written at `path`, or None."""
+    place = os.path.realpath(path)
+    folder, name = os.path.split(place)
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"no file may be made in {folder}"
+    if len(os.fsencode(name)) > 255:
+        return "its name is too long"
+    if os.path.exists(place) and not os.path.isfile(place):
+        return "it is no ordinary file"
+    if os.path.exists(place) and not os.access(place, os.W_OK):
+        return "it is write-protected"
+    return None
+
+
+def check_place(flag, path, source, endings):
+    """InputError, before any work, unless `path` can be written and is not the file that is read."""
+    if Path(path).suffix not in endings:
+        raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
+    reason = obstacle(path)
+    if reason:
+        raise InputError(f"{flag} {path}: cannot be written ({reason}); give another place")
+    with suppress(OSError):  # where one of them is not there
+        if os.path.samefile(path, source):  # a link to it, too
+            raise InputError(f"{flag} {path}: is the file that is read; give another name")
 
 
 def rounded(value):

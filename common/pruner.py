@@ -89,8 +89,8 @@ def load_pruner(folder):
                 raise ValueError(f"{name} holds what is no number")
         scorer.load_state_dict(weights, assign=True)
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner ({short(e)}); give a "
-                         "folder that train.py wrote") from None
+        raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner "
+                         f"({short(getattr(e, 'strerror', None) or e)}); give a folder that train.py wrote") from None
     return scorer.float().eval().requires_grad_(False), {**settings, "folder": folder}
 
 

@@ -86,7 +86,7 @@ def check(args, *names):
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.json:
-        check_place("--json", args.json, (".json",))
+        check_place("--json", args.json, "", (".json",))
         if args.json.exists() and '"conditions"' not in args.json.read_text(errors="replace"):
             raise InputError(f"--json {args.json}: is there, and holds no measurements; give another name")
 

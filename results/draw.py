@@ -11,8 +11,13 @@ import functools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if not __package__:
+    print("error: start it in the folder above, as python -m results.draw", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 from PIL import Image, ImageFont, ImageOps

@@ -24,6 +24,10 @@ import sys
 import time
 from pathlib import Path
 
+if not __package__:
+    print("error: start it in the folder above, as python -m results.study", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
