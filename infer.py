@@ -89,7 +89,7 @@ def load_pruned(args, kind=None):
     """
     folder, why = args.pruner, "by --pruner"
     without = str(folder) == "none"
-    if folder is None or without:
+    if without or folder is None:
         folder, why = default_pruner(args.model and portable(args.model))
     scorer, settings = None, {"keep": "11.1%"}
     if folder:
@@ -97,11 +97,10 @@ def load_pruned(args, kind=None):
     name = args.model or settings["model"]
 
     if without or args.choose in UNTRAINED or scorer is None:
-        scorer = None
-        settings["choose"] = args.choose or "diversity"
         if args.choose in RANKINGS:
             raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for {name}; train one, "
                              f"give its folder with --pruner, or choose by {', '.join(UNTRAINED)}")
+        scorer, settings["choose"] = None, args.choose or "diversity"
         until = "" if args.choose else ", until one is trained by train.py (or given by --pruner)"
         print(f"model {name}, no pruner: {settings['choose']} chooses{until}", file=sys.stderr)
     else:
@@ -113,14 +112,14 @@ def load_pruned(args, kind=None):
     vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
-    if scorer is None:
-        return vlm, None, settings
-    if vlm.width != settings["width"]:
-        raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} has {vlm.width}; give "
-                         "the pruner of this model with --pruner, or its model with --model")
-    device = vlm.model.device
-    dtype = torch.float32 if device.type == "cpu" else vlm.model.dtype  # half precision is fast on a GPU alone
-    return vlm, scorer.to(device, dtype), settings
+    if scorer:
+        if vlm.width != settings["width"]:
+            raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
+                             "give the pruner of this model with --pruner, or its model with --model")
+        scorer.to(vlm.model.device)
+        if vlm.model.device.type != "cpu":
+            scorer.to(vlm.model.dtype)  # half precision is fast on a GPU alone
+    return vlm, scorer, settings
 
 
 # --- many questions -------------------------------------------------------------------------------
@@ -286,10 +285,9 @@ def answer_one(args, vlm, image, choose, scorer):
     N, L = X.shape[1], inputs["input_ids"].shape[1]
     keep = choose(X, inputs)  # (1, K), or None
     kept = list(range(N)) if keep is None else keep[0].tolist()
-    cache, flops = prefill_cost(vlm, L - N + len(kept))
-    cache_all, flops_all = prefill_cost(vlm, L)
-    summary = (f"kept {len(kept)} of {N} tokens: KV cache {cache / 1e6:.2f} of {cache_all / 1e6:.2f} MB, "
-               f"prefill {flops / 1e9:.2f} of {flops_all / 1e9:.2f} GFLOP")
+    cache, flops = zip(prefill_cost(vlm, L - N + len(kept)), prefill_cost(vlm, L))  # each of (few, all)
+    summary = (f"kept {len(kept)} of {N} tokens: KV cache {cache[0] / 1e6:.2f} of {cache[1] / 1e6:.2f} MB, "
+               f"prefill {flops[0] / 1e9:.2f} of {flops[1] / 1e9:.2f} GFLOP")
     if args.question is None:
         print(summary, flush=True)
         return chat(vlm, image, X, keep, args.max_new_tokens)
@@ -299,13 +297,12 @@ def answer_one(args, vlm, image, choose, scorer):
     if args.show:
         full_answer = answer_to(vlm, inputs, X, None, args.max_new_tokens)
         draw(args, vlm, inputs, image, X, kept, scorer, (full_answer, answer))
-    ms = milliseconds(lambda: answer_to(vlm, inputs, X, choose(X, inputs), 1))
-    ms_all = milliseconds(lambda: answer_to(vlm, inputs, X, None, 1))
-    print(f"{summary} ({ms:.0f} of {ms_all:.0f} ms with the choice)")
+    ms = (milliseconds(lambda: answer_to(vlm, inputs, X, choose(X, inputs), 1)),
+          milliseconds(lambda: answer_to(vlm, inputs, X, None, 1)))
+    print(f"{summary} ({ms[0]:.0f} of {ms[1]:.0f} ms with the choice)")
     if args.json:
-        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache,
-                          "cache_bytes_all": cache_all, "prefill_flops": flops, "prefill_flops_all": flops_all,
-                          "prefill_ms": round(ms, 3), "prefill_ms_all": round(ms_all, 3)}))
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache, "prefill_flops": flops,
+                          "prefill_ms": ms}))
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -336,9 +333,9 @@ def check_inference(args):
         raise InputError("-: a picture from standard input needs its question on the command line")
     if args.question is not None and not args.question.strip():
         raise InputError("the question is empty; leave it out to be asked for questions")
-    if args.show and not args.question:
-        raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
     if args.show:
+        if not args.question:
+            raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
         check_place("--show", args.show, args.image, (".png", ".jpg"))
         if args.show.exists() and not (args.overwrite or drawn_here(args.show)):
             raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give another name, or "

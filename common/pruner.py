@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.budget import Budget, count_above, quantiles, real_tokens
-from common.criteria import criteria
+from common.criteria import UNTRAINED, criteria
 from common.files import ROOT, InputError, short
 from throttler import Scorer, distinct, select, standardised
 
@@ -126,12 +126,9 @@ def threshold_of(budget, settings, N):
     if len(shares) < 2:
         raise InputError(f"{pruner} has no thresholds: its training is not finished, or held out too few images; "
                          "give a number without ~")
-    if budget.count and N is None:
-        raise InputError(f"--keep {budget}: this model's pictures differ in their number of tokens; give a share, "
-                         "as ~11.1%")
-    if budget.count and N != settings["tokens"]:
+    if budget.count and (N is None or N != settings["tokens"]):
         raise InputError(f"{pruner} was trained with {settings['tokens'] or 'a varying number of'} visual tokens, "
-                         f"and this model has {N}; give a share, as ~11.1%")
+                         f"and this model has {N or 'a varying number'}; give a share, as ~11.1%")
     share = budget.share or budget.count / N
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
         raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the tokens; stay "
@@ -171,23 +168,23 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """
     choose = choose or settings["choose"]
     budget = budget or Budget.parse(settings["keep"])
-    by = {"keep": str(budget), "choose": choose} if T is None else {"threshold": T, "choose": choose}
-    if T is None and (budget.everything or budget == Budget(vlm.tokens)):
-        return (lambda X, inputs: None), {"keep": "all"}
-    if T is None and vlm.tokens and budget.count and budget.count > vlm.tokens:
-        raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
+    by = {"threshold": T, "choose": choose}
+    if T is None:
+        by = {"keep": str(budget), "choose": choose}
+        if budget.everything or budget == Budget(vlm.tokens):
+            return (lambda X, inputs: None), {"keep": "all"}
+        if vlm.tokens and budget.count and budget.count > vlm.tokens:
+            raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
     if choose not in RANKINGS:
         fitting = criteria(vlm)
         if choose not in fitting:
-            names = ", ".join(name for name in fitting if name != "pooling")
+            others = ", ".join(name for name in UNTRAINED if name in fitting)
             raise InputError(f"--choose {choose}: {vlm.name} has no square grid of tokens, or no class token, for it; "
-                             f"give one of {names}")
+                             f"choose by {others}")
         if T is not None or budget.average:
-            raise InputError(f"--choose {choose}: has no thresholds, for which --threshold and --keep ~K need a trained "
-                             "pruner; give a number without ~")
+            raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of a trained pruner; "
+                             "give a number without ~")
         return by_budget(fitting[choose], budget), by
-    if scorer is None:
-        raise InputError(f"--choose {choose}: needs a pruner; train one with train.py, or leave --choose out")
     if T is None and budget.average:
         if choose != settings["choose"]:
             raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose {settings['choose']}; "
