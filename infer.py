@@ -2,23 +2,23 @@
 Ask a VLM about a picture, with only the tokens that a pruner keeps.
 
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
-    python infer.py img.jpg "question" --keep 32 --show kept.png      # which tokens, as a picture
-    python infer.py img.jpg "question" --keep '~16'                   # 16 on average, more or fewer by the picture
-    python infer.py img.jpg                                           # many questions; the image is read once
+    python infer.py img.jpg "question" --keep 32 --show kept.png  # which tokens, as a picture
+    python infer.py img.jpg "question" --keep '~16'               # 16 on average, by the picture
+    python infer.py img.jpg                                       # many questions
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
 A model that has no pruner yet, by a choice that needs no training:
 
-    python infer.py img.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 11.1%
+    python infer.py img.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity
 
-The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps the K
-tokens that score high and say what no better one says, or with --choose top the K highest. --keep ~K
-keeps as many as rank above the threshold by which the held-out images of the training keep K on
+The kept tokens stay at their original positions; the rest never reaches the LLM. --keep K keeps the
+K tokens that score high and say what no better one says, or with --choose top the K highest. --keep
+~K keeps as many as rank above the threshold by which the held-out images of the training keep K on
 average. --choose diversity, coverage, DPP, uniform (where the tokens are a square grid), CLS (for
 CLIP), norm and random learn nothing, and need no pruner.
 
-A question file is answered in LLaVA's evaluation format, for its official scorers (POPE's labels are in
-github.com/AoiDragon/POPE, output/coco). A killed run resumes.
+A question file is answered in LLaVA's evaluation format, for its official scorers (POPE's labels
+are in github.com/AoiDragon/POPE, output/coco). A killed run resumes.
 """
 import argparse
 import copy
@@ -43,7 +43,8 @@ from data.pictures import read_image, seen_by_model, sheet
 from data.questions import answer_file, read_questions, score
 from model import DTYPES, add_device_arguments, load, number_type, take
 
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # until 5.23
+CALLED = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in CALLED else "past_key_values"  # the second until transformers 5.23
 SOFTWARE = 0x0131  # EXIF's field for the program that drew a picture
 
 
@@ -52,40 +53,45 @@ SOFTWARE = 0x0131  # EXIF's field for the program that drew a picture
 def add_pruner_arguments(parser):
     """--pruner, --model, --choose, --device, --dtype: what load_pruned needs."""
     add = parser.add_argument
-    add("--pruner", type=Path, metavar="DIR", help="folder with a trained pruner, or none (default: one for this "
-        "model: ./out once its training is finished, else the one that ships with this code)")
-    add("--model", help="folder or hub name of the VLM (default: the one that the pruner was trained for)")
-    add("--choose", choices=[*RANKINGS, *UNTRAINED], help="what is kept. By a pruner: distinct (score less likeness "
-        "to better tokens) or top (score alone). All others need none (default: as the pruner was trained; without "
-        "a pruner diversity)")
+    add("--pruner", type=Path, metavar="DIR",
+        help="folder with a trained pruner, or none (default: one for this model: ./out once its "
+        "training is finished, else the one that ships with this code)")
+    add("--model", help="folder or hub name of the VLM (default: that of the pruner)")
+    add("--choose", choices=[*RANKINGS, *UNTRAINED],
+        help="what is kept. By a pruner: distinct (score less likeness to better tokens) or top "
+        "(score alone). The others need none (default: as the pruner was trained, else diversity)")
     add_device_arguments(parser)
 
 
 def add_choice_arguments(parser):
     """--keep, --threshold."""
     add = parser.add_argument_group("how many are kept").add_argument
-    add("--keep", metavar="K", help="visual tokens to keep: a number, a share as 11.1%%, or all; ~16 or ~11.1%% is "
-        "that many on average (default: as the pruner was trained; without a pruner 11.1%%)")
-    add("--threshold", type=float, metavar="T", help="keep as many tokens as rank more than T standard deviations of "
-        "the scores above the image's mean, at least one (a negative T as --threshold=-1)")
+    add("--keep", metavar="K",
+        help="visual tokens to keep: a number, a share as 11.1%%, or all; ~16 or ~11.1%% is that "
+        "many on average (default: as the pruner was trained; without a pruner 11.1%%)")
+    add("--threshold", type=float, metavar="T",
+        help="keep as many tokens as rank more than T standard deviations of the scores above the "
+        "image's mean, at least one (a negative T as --threshold=-1)")
 
 
 def add_question_arguments(parser, batch=16, required=False):
     """--questions, --images, --answers, --overwrite, --batch: what answer_questions needs."""
     add = parser.add_argument_group("question files").add_argument
-    add("--questions", type=Path, metavar="JSONL", required=required, help="a question file instead of a picture")
+    add("--questions", type=Path, metavar="JSONL", required=required,
+        help="a question file instead of a picture")
     add("--images", metavar="DIR", help="folder of its pictures (default: the file's own)")
     add("--answers", type=Path, metavar="JSONL", required=required,
         help="file for the answers; if it is unfinished, it is continued")
     add("--overwrite", action="store_true", help="replace the file that --answers or --show names")
-    add("--batch", type=int, default=batch, metavar="N", help="questions at a time (default: %(default)s)")
+    add("--batch", type=int, default=batch, metavar="N",
+        help="questions at a time (default: %(default)s)")
 
 
 def load_pruned(args, kind=None):
-    """(vlm, scorer, settings) by those arguments; scorer is None where a criterion chooses, which learns nothing.
+    """(vlm, scorer, settings) by those arguments; scorer is None where a criterion chooses.
 
-    kind: a class in place of load(). InputError if they do not fit each other. Never the pruner of
-    another model, unless --pruner names it.
+    Never the pruner of another model, unless --pruner names it. kind: a class in place of load().
+    InputError if they do not fit each other.
     """
     folder, why = args.pruner, "by --pruner"
     without = str(folder) == "none"
@@ -98,24 +104,26 @@ def load_pruned(args, kind=None):
 
     if without or args.choose in UNTRAINED or scorer is None:
         if args.choose in RANKINGS:
-            raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for {name}; train one, "
-                             f"give its folder with --pruner, or choose by {', '.join(UNTRAINED)}")
+            raise InputError(f"--choose {args.choose}: needs a pruner, and there is none for "
+                             f"{name}; train one, give its folder with --pruner, or choose by "
+                             + ", ".join(UNTRAINED))
         scorer, settings["choose"] = None, args.choose or "diversity"
         until = "" if args.choose else ", until one is trained by train.py (or given by --pruner)"
         print(f"model {name}, no pruner: {settings['choose']} chooses{until}", file=sys.stderr)
     else:
         print(f"model {name}, pruner {portable(folder)} ({why})", file=sys.stderr)
         if portable(name) != settings["model"]:
-            print(f"warning: this pruner was trained for {settings['model']}; of another model's tokens it knows "
-                  "nothing", file=sys.stderr)
+            print(f"warning: this pruner was trained for {settings['model']}; of another model's "
+                  "tokens it knows nothing", file=sys.stderr)
 
     vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
     if scorer:
         if vlm.width != settings["width"]:
-            raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} has {vlm.width}; "
-                             "give the pruner of this model with --pruner, or its model with --model")
+            raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} "
+                             f"has {vlm.width}; give the pruner of this model with --pruner, or "
+                             "its model with --model")
         scorer.to(vlm.model.device)
         if vlm.model.device.type != "cpu":
             scorer.to(vlm.model.dtype)  # half precision is fast on a GPU alone
@@ -125,7 +133,7 @@ def load_pruned(args, kind=None):
 # --- many questions -------------------------------------------------------------------------------
 
 def look_at(vlm, rows, choose, seen):
-    """Add the images of these rows to `seen`, {image: (picture, its X (N, d_v), its keep (K,) or None)}."""
+    """Add the rows' images to `seen`: {image: (picture, its X (N, d_v), its keep (K,) or None)}."""
     new = list(dict.fromkeys(row["image"] for row in rows if row["image"] not in seen))
     if not new:
         return
@@ -147,11 +155,11 @@ def ask(vlm, rows, choose, batch=16, max_new_tokens=128):
     """Answer the rows in batches of like length; yields [(row number, answer), …] batch by batch.
 
     choose(X, inputs) gives the tokens to keep, (B, K), or None for all. It never sees the question:
-    an image that comes again within 16 batches is read, encoded and chosen from once.
+    an image that comes again within 4 batches is read, encoded and chosen from once.
     """
     with tqdm(total=len(rows), desc="questions", dynamic_ncols=True, leave=False) as bar:
-        for start in range(0, len(rows), 16 * batch):
-            window = range(len(rows))[start:start + 16 * batch]
+        for start in range(0, len(rows), 4 * batch):
+            window = range(len(rows))[start:start + 4 * batch]
             window = sorted(window, key=lambda i: len(rows[i]["text"]))
             seen = {}
             for at in range(0, len(window), batch):
@@ -175,34 +183,37 @@ def answer_questions(args, vlm, rows, choose, by, scorer):
     for row in rows:
         vlm.check_text(row["text"], row["where"])
     pruner = fingerprint(scorer) if scorer else "none"
-    conditions = {"model": portable(vlm.name), "weights": fingerprint(vlm.model), "pruner": pruner, **by,
-                  "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
+    conditions = {"model": portable(vlm.name), "weights": fingerprint(vlm.model), "pruner": pruner,
+                  **by, "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
     answers = answer_file(args.answers, rows, conditions, answer, args.overwrite)
     figures = score(rows, answers)
     print(f"{len(rows)} answers are in {args.answers}")
     if args.json:
-        print(json.dumps({"questions": len(rows), "answers": str(args.answers), **conditions, "figures": figures}))
+        print(json.dumps({"questions": len(rows), "answers": str(args.answers), **conditions,
+                          "figures": figures}))
 
 
 # --- one picture ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def image_cache(vlm, inputs, X, keep=None):
-    """Keys and values of the prompt up to the image's last token: the same for every question about it.
+    """Keys and values of the prompt up to the image's last token, which all questions share.
 
-    None where they are not: the image's tokens look ahead at the question (PaliGemma), or a recurrent
-    layer reads.
+    None where they do not: the image's tokens look ahead at the question (PaliGemma), or a
+    recurrent layer reads.
     """
-    after = inputs["input_ids"][0].flip(0).eq(vlm.image_id).int().argmax()  # text tokens behind the image
+    ids = inputs["input_ids"][0].flip(0)
+    after = ids.eq(vlm.image_id).int().argmax()  # text tokens behind the image
     sequence = vlm.embed(inputs, X, keep)
-    told = sequence.pop("told", {})
-    before = torch.arange(sequence["attention_mask"].shape[1] - after, device=X.device)[None]  # (1, L'')
-    mask = told.get("attention_mask")
-    looks_ahead = torch.is_tensor(mask) and mask[..., before[0], before.shape[1]:].any()
+    by_hook = sequence.pop("told", {})
+    length = sequence["attention_mask"].shape[1] - after
+    before = torch.arange(length, device=X.device)[None]  # (1, length)
+    mask = by_hook.get("attention_mask")
+    looks_ahead = torch.is_tensor(mask) and mask[..., before[0], length:].any()
     if looks_ahead or not vlm.exact:
         return None
     sequence.pop("input_ids", None)
-    prefix = {name: take(value, name, before) for name, value in (sequence | told).items()}
+    prefix = {name: take(t, name, before) for name, t in (sequence | by_hook).items()}
     cache = DynamicCache(config=vlm.model.config.get_text_config(decoder=True))
     vlm.decoder(**prefix, **{CACHE: cache})
     return cache
@@ -220,7 +231,7 @@ def milliseconds(f):
 
 
 def prefill_cost(vlm, L):
-    """(bytes, FLOPs): the KV cache of a prompt of L tokens, and the LLM's work up to the first logits.
+    """(bytes, FLOPs) of a prompt of L tokens: its KV cache, and the LLM's work to the first logits.
 
     A multiply-add is two FLOPs. Of a mixture of experts those count that a token goes through.
     """
@@ -228,7 +239,8 @@ def prefill_cost(vlm, L):
     heads, D = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or D // heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-    attending = len(kinds) - kinds.count("linear_attention") - kinds.count("conv")  # layers with a KV cache
+    recurrent = kinds.count("linear_attention") + kinds.count("conv")
+    attending = len(kinds) - recurrent  # layers with a KV cache
     weights = 0  # that a token meets
     for p in layers.parameters():
         if p.dim() == 2:
@@ -242,15 +254,15 @@ def prefill_cost(vlm, L):
 
 
 def chat(vlm, image, X, keep, max_new_tokens):
-    """Questions until the input ends. Each stands for itself; all share the image's tokens and cache."""
+    """Questions until the input ends. Each stands for itself; all share the image's cache."""
     cache = image_cache(vlm, vlm.inputs([image], ["?"]), X, keep)
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8: the model refuses that question
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused as a question
     prompt = "> " if sys.stdin and sys.stdin.isatty() else ""
     while True:
         try:
             question = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last where standard input is closed
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last if standard input is closed
             return
         if not question:
             continue
@@ -266,7 +278,8 @@ def draw(args, vlm, inputs, image, X, kept, scorer, answers):
     """Write the sheet of --show."""
     picture = seen_by_model(vlm, inputs, image)
     scores = scorer(X)[0].float().cpu() if scorer else None
-    paper = sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question, answers)
+    paper = sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question,
+                  answers)
     mark = Image.Exif()
     mark[SOFTWARE] = "diffprune"
     write(args.show, paper, {"exif": mark})
@@ -285,9 +298,11 @@ def answer_one(args, vlm, image, choose, scorer):
     N, L = X.shape[1], inputs["input_ids"].shape[1]
     keep = choose(X, inputs)  # (1, K), or None
     kept = list(range(N)) if keep is None else keep[0].tolist()
-    cache, flops = zip(prefill_cost(vlm, L - N + len(kept)), prefill_cost(vlm, L))  # each of (few, all)
-    summary = (f"kept {len(kept)} of {N} tokens: KV cache {cache[0] / 1e6:.2f} of {cache[1] / 1e6:.2f} MB, "
-               f"prefill {flops[0] / 1e9:.2f} of {flops[1] / 1e9:.2f} GFLOP")
+    # each with the kept tokens, and with all
+    cache, flops = zip(prefill_cost(vlm, L - N + len(kept)), prefill_cost(vlm, L))
+    MB, GFLOP = [n / 1e6 for n in cache], [n / 1e9 for n in flops]
+    summary = (f"kept {len(kept)} of {N} tokens: KV cache {MB[0]:,.2f} of {MB[1]:,.2f} MB, prefill "
+               f"{GFLOP[0]:,.2f} of {GFLOP[1]:,.2f} GFLOP")
     if args.question is None:
         print(summary, flush=True)
         return chat(vlm, image, X, keep, args.max_new_tokens)
@@ -301,32 +316,37 @@ def answer_one(args, vlm, image, choose, scorer):
           milliseconds(lambda: answer_to(vlm, inputs, X, None, 1)))
     print(f"{summary} ({ms[0]:.0f} of {ms[1]:.0f} ms with the choice)")
     if args.json:
-        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache, "prefill_flops": flops,
-                          "prefill_ms": ms}))
+        print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache,
+                          "prefill_flops": flops, "prefill_ms": ms}))
 
 
 # --- the script -----------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
-    parser.add_argument("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("image", nargs="?", help="a picture (JPEG, PNG, …), or - for standard input")
+    add("question", nargs="?", help="without it, a prompt for questions that ends on Ctrl-D")
     add_choice_arguments(parser)
     add_pruner_arguments(parser.add_argument_group("pruner and model"))
     add = parser.add_argument_group("output").add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
-    add("--show", type=Path, metavar="PNG", help="draw what was kept, with the answers by all and by the kept tokens")
+    add("--max-new-tokens", type=int, default=128, metavar="N",
+        help="tokens of an answer (default: %(default)s)")
+    add("--show", type=Path, metavar="PNG",
+        help="draw what was kept, with the answers by all and by the kept tokens")
     add("--json", action="store_true", help="print the results as JSON on the last line")
     add_question_arguments(parser)
     return parser.parse_args()
 
 
 def check_inference(args):
-    """The Budget of --keep, or None. InputError for arguments that are wrong or do not go together."""
-    if (args.image is None) == (args.questions is None) or (args.questions is None) != (args.answers is None):
+    """The Budget of --keep, or None. InputError for arguments that are wrong, or so together."""
+    one, many = args.image is not None, args.questions is not None
+    if one == many or many != (args.answers is not None):
         raise InputError("give a picture, or --questions together with --answers")
     if args.threshold is not None and (args.keep or not math.isfinite(args.threshold)):
-        raise InputError(f"--threshold {args.threshold}: must be a finite number; give it without --keep")
+        raise InputError(f"--threshold {args.threshold}: must be finite, and without --keep")
     if min(args.batch, args.max_new_tokens) < 1:
         raise InputError("--batch and --max-new-tokens must be 1 or more")
     if args.image == "-" and not (args.question and sys.stdin):
@@ -335,11 +355,12 @@ def check_inference(args):
         raise InputError("the question is empty; leave it out to be asked for questions")
     if args.show:
         if not args.question:
-            raise InputError(f"--show {args.show}: draws the answers to one question; give a picture and a question")
+            raise InputError(f"--show {args.show}: draws the answers to one question; give a "
+                             "picture and a question")
         check_place("--show", args.show, args.image, (".png", ".jpg"))
         if args.show.exists() and not (args.overwrite or drawn_here(args.show)):
-            raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give another name, or "
-                             "--overwrite it")
+            raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give "
+                             "another name, or --overwrite it")
     if args.answers:
         check_place("--answers", args.answers, args.questions, (".jsonl",))
     try:

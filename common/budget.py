@@ -32,8 +32,8 @@ class Budget:
             return Budget(count=int(number), average=average)
         if re.fullmatch(r"\d{1,3}(\.\d+)?%", number, re.ASCII) and 0 < float(number[:-1]) <= 100:
             return Budget(share=float(number[:-1]) / 100, average=average)
-        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, or "
-                         "all; ~16 or ~11.1% is that many on average")
+        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, "
+                         "or all; ~16 or ~11.1% is that many on average")
 
     def __str__(self):
         if self.everything:
@@ -62,23 +62,26 @@ class Budget:
 
 
 def real_tokens(X, valid=None):
-    """How many visual tokens the images of X (B, N, d) have: N, or with valid (B, N) a tensor (B,)."""
+    """How many visual tokens the images of X (B, N, d) have: N; with valid (B, N) a tensor (B,)."""
     return X.shape[1] if valid is None else valid.sum(1)
 
 
 def threshold(d, total):
-    """The T above which exactly `total` of the d (tokens,) lie: midway from the last of them to the next."""
+    """The T above which exactly `total` of the d (tokens,) lie: midway between two of them."""
     d = d.sort(descending=True).values
     below = d[total] if total < len(d) else d[-1] - 1
     return ((d[total - 1] + below) / 2).item()
 
 
 def quantiles(d, n=64):
-    """A table of thresholds: above values[i] lies a share shares[i] of all d (tokens,), padding aside."""
+    """Thresholds: above values[i] lies a share shares[i] of all d (tokens,), padding aside."""
     d = d[d != -torch.inf]
     N = len(d)
-    totals = sorted({round(N ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one token to all
-    return {"shares": [total / N for total in totals], "values": [threshold(d, total) for total in totals]}
+    totals = sorted({round(N ** (i / (n - 1))) for i in range(n)})  # log-spaced, from one to all
+    return {
+        "shares": [total / N for total in totals],
+        "values": [threshold(d, total) for total in totals],
+    }
 
 
 def count_above(d, T):
@@ -87,7 +90,7 @@ def count_above(d, T):
 
 
 def hardness_of(alpha, K):
-    """Mean of the K largest weights of each image, (B,). At 1, alpha is 0 or 1, as in the hard choice."""
+    """Mean of the K largest weights of each image, (B,). At 1, alpha is that of the hard choice."""
     total = alpha.sort(descending=True).values.cumsum(-1)  # (B, N)
     K = torch.as_tensor(K, device=alpha.device).expand(len(alpha))
     return total.gather(1, K[:, None] - 1)[:, 0] / K

@@ -1,9 +1,10 @@
 """
-Ways to choose tokens that learn nothing: for a VLM without a pruner, and what a learned choice has to beat.
+Ways to choose tokens that learn nothing: for a VLM without a pruner, and what a learned choice has
+to beat.
 
     keep = criteria(vlm)["diversity"](X, inputs, 16)     # (B, 16), ascending
 
-    python infer.py photo.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 11.1%
+    python infer.py photo.jpg "question" --model llava-hf/llava-1.5-7b-hf --choose diversity
 
 None of them sees the question. X (B, N, d) are the visual tokens, K is how many to keep, 1 … N.
 """
@@ -45,7 +46,7 @@ def grid_of(N):
 
 
 def uniform_grid(X, K):
-    """The same K patches of every image, spread evenly: about √K rows with about √K patches each."""
+    """The same K patches of every image, spread evenly: about √K rows of √K patches."""
     B, N, _ = X.shape  # images, visual tokens
     side, first = grid_of(N)
     if K > side * side:
@@ -69,7 +70,7 @@ def feature_norm(X, K):
 # --- greedy choices: one token after another, never waiting for the device ------------------------
 
 def max_min_diversity(X, K):
-    """DivPrune (arXiv 2503.02175): greedily the token that is least like those already kept, by cosine."""
+    """DivPrune (arXiv 2503.02175): greedily the token that is least like those kept, by cosine."""
     B, N, _ = X.shape  # images, visual tokens
     x = F.normalize(X.float(), dim=-1)
     distance = 1 - x @ x.mT  # (B, N, N)
@@ -91,7 +92,7 @@ def coverage(X, K):
 
         Σ_i max over kept j of cos⁺(x_i - x̄, x_j - x̄)
 
-    x̄ is the mean over the image, cos⁺ = max(0, cos): each token shall have one like it that stays.
+    x̄ is the mean over the image, cos⁺ = max(0, cos): each token shall have one like it.
     """
     B, N, _ = X.shape  # images, visual tokens
     x = X.float()
@@ -101,7 +102,7 @@ def coverage(X, K):
     chosen = alike.new_zeros(B, N)  # 1 for a kept token; no gain, a mean, is above 1
     keep = []
     for _ in range(K):
-        gain = (alike - covered[:, :, None]).clamp_min(0).mean(1)  # (B, N), by how much j would raise it
+        gain = (alike - covered[:, :, None]).clamp_min(0).mean(1)  # (B, N), what j would add
         j = (gain - 2 * chosen).argmax(-1, keepdim=True)  # (B, 1)
         covered = covered.maximum(row_of(alike, j))
         chosen = chosen.scatter(1, j, 1)
@@ -110,10 +111,11 @@ def coverage(X, K):
 
 
 def dpp(X, K):
-    """The most probable K tokens of a determinantal point process, greedily, in its fast form (arXiv 1709.05135).
+    """The most probable K tokens of a determinantal point process, greedily.
 
-    Its kernel is L_ij = cos(x_i, x_j), whose determinant is large for tokens that are unlike each
-    other: CDPruner's (arXiv 2506.10967) without the question's part.
+    In its fast form (arXiv 1709.05135). The kernel is L_ij = cos(x_i, x_j), whose determinant is
+    large for tokens that are unlike each other: CDPruner's (arXiv 2506.10967) without the question's
+    part.
     """
     B, N, _ = X.shape  # images, visual tokens
     x = F.normalize(X.float(), dim=-1)
@@ -123,7 +125,7 @@ def dpp(X, K):
     keep = []
     for i in range(K):
         j = gain.argmax(-1, keepdim=True)  # (B, 1)
-        d = gain.gather(1, j).clamp_min(1e-6).sqrt()  # beyond the features' rank only rounding is left
+        d = gain.gather(1, j).clamp_min(1e-6).sqrt()  # beyond the rank only rounding is left
         rows = c[:, :i]  # (B, i, N)
         at_j = rows.gather(2, j[..., None].expand(B, i, 1))  # (B, i, 1)
         c[:, i] = (row_of(L, j) - (at_j * rows).sum(1)) / d
@@ -170,7 +172,7 @@ def cls_attention(vlm, inputs, hidden=None):
     """How much the encoder's class token looks at each token, (B, N), in the layer that gives X.
 
     FasterVLM (arXiv 2412.01818) and VisionZip (arXiv 2412.04467) keep the highest. Mean over heads.
-    hidden (B, 1 + patches, d) is what enters that layer; where it is not given, the encoder runs again.
+    hidden (B, 1 + patches, d) is what enters that layer; without it the encoder runs again.
     """
     tower, layer = vlm.model.model.vision_tower, vlm.layers[-1]
     if hidden is None:
@@ -181,7 +183,7 @@ def cls_attention(vlm, inputs, hidden=None):
     heads = (attention.num_heads, -1)
     x = block.layer_norm1(hidden)  # (B, 1 + patches, d)
     q = attention.q_proj(x[:, :1]).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
-    k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1 + patches, d / heads)
+    k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, heads, patches + 1, …)
     weights = (q @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + patches)
     return weights.mean(1)[:, 0, -vlm.tokens:]
 
@@ -215,6 +217,7 @@ def criteria(vlm):
         choices |= {"uniform": uniform_grid, "pooling": average_pooling}
     choices = {name: partial(each_image, choose) for name, choose in choices.items()}
     if layers and vlm.tokens and layers[-1] < 0:
-        if vlm.model.config.vision_config.model_type == "clip_vision_model":  # SigLIP has no class token
+        # SigLIP has no class token
+        if vlm.model.config.vision_config.model_type == "clip_vision_model":
             choices["CLS"] = lambda X, inputs, K: select(cls_attention(vlm, inputs), K)
     return choices

@@ -1,5 +1,5 @@
 """
-A trained pruner: find it, load it, and choose tokens by it as it is deployed; or without one, by a criterion.
+A trained pruner: find it, load it, and choose tokens by it; or without one, by a criterion.
 
     scorer, settings = load_pruner("out")
     vlm = load(settings["model"])
@@ -20,22 +20,29 @@ from common.criteria import UNTRAINED, criteria
 from common.files import ROOT, InputError, short
 from throttler import Scorer, distinct, select, standardised
 
-# what the choice goes by, (scores (B, N), X (B, N, d)) -> (B, N), comparable from picture to picture
+# what the choice goes by: (scores (B, N), X (B, N, d)) -> (B, N), comparable between pictures
 RANKINGS = {
     "distinct": distinct,
     "top": lambda scores, X: standardised(scores),  # the papers': the highest scores
 }
-KINDS = {"model": (str,), "width": (int,), "tokens": (int, type(None)), "keep": (str, int), "choose": (str,)}
+# the types that pruner.json's fields may have
+KINDS = {
+    "model": (str,),
+    "width": (int,),
+    "tokens": (int, type(None)),
+    "keep": (str, int),
+    "choose": (str,),
+}
 
 
 # --- a pruner's folder ----------------------------------------------------------------------------
 
 def default_pruner(model=None):
-    """(folder, why) of the pruner for this model, or for any: ./out once its training is finished, else
-    the one that ships with this code. folder is None if neither is for this model."""
-    places = ((Path("out"), "your training"),
-              (ROOT / "data/shapes/pruner", "it ships with this code; ./out holds no finished training"))
-    for folder, why in places:
+    """(folder, why) of the pruner for this model, or for any: ./out once its training is finished,
+    else the one that ships with this code. (None, why) if neither is for this model.
+    """
+    shipped = "it ships with this code; ./out holds no finished training"
+    for folder, why in ((Path("out"), "your training"), (ROOT / "data/shapes/pruner", shipped)):
         try:
             settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
             if settings["finished"] and model in (None, settings["model"]):
@@ -60,7 +67,7 @@ def check_settings(settings):
 
 
 def check_thresholds(shares, values, images=None):
-    """ValueError unless shares of all tokens rise, from above 0 to 1, while the thresholds for them fall."""
+    """ValueError unless the shares rise, from above 0 to 1, while the thresholds for them fall."""
     if len(shares) != len(values) or not all(map(math.isfinite, shares + values)):
         raise ValueError("thresholds: shares and values must be equally many numbers")
     rising = shares == sorted(set(shares)) and all(0 < share <= 1 for share in shares)
@@ -70,11 +77,14 @@ def check_thresholds(shares, values, images=None):
 
 
 def load_pruner(folder):
-    """(scorer, settings) from a folder that train.py wrote. InputError if a file is missing or does not fit."""
+    """(scorer, settings) from a folder that train.py wrote.
+
+    InputError if a file is missing or does not fit.
+    """
     folder = Path(folder)
     try:
         if (folder / "checkpoint.safetensors").exists() and not (folder / "pruner.json").exists():
-            raise InputError(f"{folder}: its training is not finished; run train.py again with --resume")
+            raise InputError(f"{folder}: its training is not finished; train.py --resume goes on")
         settings = json.loads((folder / "pruner.json").read_text(encoding="utf-8"))
         check_settings(settings)
         with torch.device("meta"):  # takes no memory, whatever width is named
@@ -89,13 +99,17 @@ def load_pruner(folder):
                 raise ValueError(f"{name} holds what is no number")
         scorer.load_state_dict(weights, assign=True)
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError, SafetensorError) as e:
+        reason = short(getattr(e, "strerror", None) or e)
         raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner "
-                         f"({short(getattr(e, 'strerror', None) or e)}); give a folder that train.py wrote") from None
+                         f"({reason}); give a folder that train.py wrote") from None
     return scorer.float().eval().requires_grad_(False), {**settings, "folder": folder}
 
 
 def fingerprint(module):
-    """Twelve hex digits for a model, of its config and some 64 values of each weight; no path or date is in it."""
+    """Twelve hex digits for a model, of its config and some 64 values of each weight.
+
+    No path or date is in it.
+    """
     config = module.config.to_diff_dict() if hasattr(module, "config") else {}
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -119,20 +133,24 @@ def thresholds(vlm, scorer, choose, batches):
 
 
 def threshold_of(budget, settings, N):
-    """The T above which a budget ~K holds on average, from the pruner's table. N: visual tokens, or None."""
+    """The T above which a budget ~K holds on average, from the pruner's table.
+
+    N: visual tokens, or None where pictures differ in them.
+    """
     pruner = f"--keep {budget}: {settings.get('folder', 'the pruner')}"
     table = settings.get("thresholds") or {"shares": []}
     shares = table["shares"]
     if len(shares) < 2:
-        raise InputError(f"{pruner} has no thresholds: its training is not finished, or held out too few images; "
-                         "give a number without ~")
+        raise InputError(f"{pruner} has no thresholds: its training is not finished, or held out "
+                         "too few images; give a number without ~")
     if budget.count and (N is None or N != settings["tokens"]):
-        raise InputError(f"{pruner} was trained with {settings['tokens'] or 'a varying number of'} visual tokens, "
-                         f"and this model has {N or 'a varying number'}; give a share, as ~11.1%")
+        varied = "a varying number of"
+        raise InputError(f"{pruner} was trained with {settings['tokens'] or varied} visual tokens, and "
+                         f"this model has {N or varied} tokens; give a share, as ~11.1%")
     share = budget.share or budget.count / N
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
-        raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the tokens; stay "
-                         "within these, or give a number without ~")
+        raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the "
+                         "tokens; stay within these, or give a number without ~")
     i = bisect_left(shares, share, 1, len(shares) - 1)
     low, high = shares[i - 1:i + 1]
     at_low, at_high = table["values"][i - 1:i + 1]
@@ -147,12 +165,13 @@ def by_budget(choose, budget):
 
 
 def by_scores(vlm, scorer, ranking, budget, T=None):
-    """choose(X, inputs) by a pruner's scores: as many as the budget says, or with T all that rank above it."""
+    """choose(X, inputs) by a pruner's scores: a budget, or with T all that rank above it."""
     def choose(X, inputs):
         valid = inputs.get("valid")  # (B, N), or None
         scores = scorer(X, valid)  # (B, N)
         if not (scores < math.inf).all():
-            raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try --dtype float32")
+            raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try "
+                             "--dtype float32")
         d = ranking(scores, X)  # (B, N)
         K = budget.of(real_tokens(X, valid)) if T is None else count_above(d, T)
         return select(d, K)  # (B, K)
@@ -160,7 +179,7 @@ def by_scores(vlm, scorer, ranking, budget, T=None):
 
 
 def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
-    """(choose, by): choose(X, inputs) -> keep (B, K), or None for all tokens; by says what it goes by, for a record.
+    """(choose, by): choose(X, inputs) -> keep (B, K), or None for all tokens; by: a record of how.
 
     budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: one of
     RANKINGS, or a criterion (None: what the settings say). scorer: None where there is no pruner.
@@ -174,20 +193,21 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
         if budget.everything or budget == Budget(vlm.tokens):
             return (lambda X, inputs: None), {"keep": "all"}
         if vlm.tokens and budget.count and budget.count > vlm.tokens:
-            raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give fewer, or all")
+            raise InputError(f"--keep {budget}: {vlm.name} has {vlm.tokens} visual tokens; give "
+                             "fewer, or all")
     if choose not in RANKINGS:
         fitting = criteria(vlm)
         if choose not in fitting:
             others = ", ".join(name for name in UNTRAINED if name in fitting)
-            raise InputError(f"--choose {choose}: {vlm.name} has no square grid of tokens, or no class token, for it; "
-                             f"choose by {others}")
+            raise InputError(f"--choose {choose}: {vlm.name} has no square grid of tokens, or no "
+                             f"class token, for it; choose by {others}")
         if T is not None or budget.average:
-            raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of a trained pruner; "
-                             "give a number without ~")
+            raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of "
+                             "a trained pruner; give a number without ~")
         return by_budget(fitting[choose], budget), by
     if T is None and budget.average:
         if choose != settings["choose"]:
-            raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose {settings['choose']}; "
-                             "give a number without ~")
+            raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose "
+                             f"{settings['choose']}; give a number without ~")
         T = threshold_of(budget, settings, vlm.tokens)
     return by_scores(vlm, scorer, RANKINGS[choose], budget, T), by

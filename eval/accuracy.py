@@ -1,14 +1,14 @@
 """
 What a pruner keeps: accuracy by category, beside choices that learn nothing.
 
-    python -m eval.accuracy                               # your pruner, or the one that ships, on the embedded test
-    python -m eval.accuracy --keep 16 '~16' --others      # 16, and 16 on average; and what other papers choose by
-    python -m eval.accuracy --questions pope.jsonl --images val2014/ --pruner out-7b --json pope.json
-    python -m eval.accuracy --questions pope.jsonl --images val2014/ --model Qwen/Qwen2.5-VL-7B-Instruct --choose DPP
+    python -m eval.accuracy                            # the pruner, on the embedded test questions
+    python -m eval.accuracy --keep 16 '~16' --others   # what other papers choose by, too
+    python -m eval.accuracy --questions pope.jsonl --images val2014/ --pruner out-7b
+    python -m eval.accuracy --questions pope.jsonl --model llava-hf/llava-1.5-7b-hf --choose DPP
 
-The last needs no pruner. An answer counts as infer.py --questions counts it. Retention is the papers': the mean over
-categories of pruned / unpruned accuracy, in per cent. Its interval is a bootstrap over images, all questions of one
-together.
+The last needs no pruner. An answer counts as infer.py --questions counts it. Retention is the
+papers': the mean over categories of pruned / unpruned accuracy, in per cent. Its interval is a
+bootstrap over images, all questions of one together.
 """
 import argparse
 import sys
@@ -38,7 +38,7 @@ WORDS = 128  # new tokens of an answer at most, as in infer.py
 # --- answers --------------------------------------------------------------------------------------
 
 def answers_by(choose, vlm, X, views, prompts, number):
-    """(answers to the prompts, how many visual tokens each had); number: which picture of X each is about."""
+    """(answers to the prompts, visual tokens of each); number: which picture each is about."""
     keep = choose(X, views)
     if isinstance(keep, tuple):  # pooling changes the tokens, too
         X, keep = keep
@@ -52,11 +52,11 @@ def answers_by(choose, vlm, X, views, prompts, number):
 
 @torch.no_grad()
 def right_or_wrong(vlm, rows, ways):
-    """({way: [was each question answered right]}, {way: [tokens kept for it]}) for the ways {way: [choose, …]}.
+    """({way: [is each answer right]}, {way: [tokens kept for it]}) for the ways {way: [choose, …]}.
 
-    choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A way counts as
-    the mean of its choices. Each picture of a batch is encoded once, and each choice made once for
-    all questions about it.
+    choose(X, inputs) gives keep (B, K), None for all tokens, or (other tokens, keep). A way counts
+    as the mean of its choices. Each picture of a batch is encoded once, and each choice made once
+    for all questions about it.
     """
     batch = 50 * 576 // (vlm.tokens or 3600)  # as many tokens as of 50 pictures of LLaVA-1.5
     polar = yes_no(rows)
@@ -74,7 +74,8 @@ def right_or_wrong(vlm, rows, ways):
             marks, counts = [], []  # a list for each choice
             for choose in choices:
                 answers, K = answers_by(choose, vlm, X, views, prompts, number)
-                marks.append([is_right(answer, row["label"], polar) for answer, row in zip(answers, part)])
+                pairs = zip(answers, part)
+                marks.append([is_right(answer, row["label"], polar) for answer, row in pairs])
                 counts.append(K)
             right[name] += map(mean, zip(*marks))
             kept[name] += map(mean, zip(*counts))
@@ -95,13 +96,16 @@ def accuracies(right, rows):
 
 
 def retention(pruned, full):
-    """Mean over categories of pruned / unpruned accuracy, in per cent. Where all tokens get 0, there is no ratio."""
+    """Mean over categories of pruned / unpruned accuracy, in per cent.
+
+    Where all tokens get 0, there is no ratio.
+    """
     ratios = [pruned[category] / share for category, share in full.items() if share > 0]
     return 100 * mean(ratios) if ratios else float("nan")
 
 
 def bootstrap(pruned, full, rows, draws=1000):
-    """95 % interval of the retention when the images are drawn again, each with all of its questions."""
+    """95 % interval of the retention, if images are drawn again, each with all of its questions."""
     images = list(dict.fromkeys(row["image"] for row in rows))
     categories = list(dict.fromkeys(row["category"] for row in rows))
     image = {name: i for i, name in enumerate(images)}
@@ -110,7 +114,8 @@ def bootstrap(pruned, full, rows, draws=1000):
         right[:, image[row["image"]], categories.index(row["category"])] += torch.tensor(marks)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(images), (draws, len(images)), generator=generator)
-    times = torch.zeros(drawn.shape).scatter_add(1, drawn, torch.ones(drawn.shape))  # how often each is drawn
+    ones = torch.ones(drawn.shape)
+    times = torch.zeros(drawn.shape).scatter_add(1, drawn, ones)  # how often each is drawn
     pruned, full = times @ right  # (draws, categories)
     values = 100 * (pruned / full).masked_fill(full == 0, torch.nan).nanmean(1)
     return values.nanquantile(0.025).item(), values.nanquantile(0.975).item()
@@ -135,19 +140,20 @@ def free_choices(vlm, budget, seeds, others=True):
 def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, choose=None):
     """Print accuracy by category and retention; return {row: {category: accuracy}}.
 
-    The first row of each budget is chosen as infer.py chooses: by the scorer, or by the criterion of
-    the settings. Random is the mean of `seeds` draws, blind sees no token. `others` adds what other
-    papers choose by, and the other choice from the scorer's scores.
+    The first row of each budget is chosen as infer.py chooses: by the scorer, or by the criterion
+    of the settings. Random is the mean of `seeds` draws, blind sees no token. `others` adds what
+    other papers choose by, and the other choice from the scorer's scores.
     """
     choose = choose or settings["choose"]
     whole = f"all {vlm.tokens or ''}".strip()
     ways = {whole: [lambda X, inputs: None]}
     for budget in budgets:
-        name = "scorer" if scorer else choose
-        ways[f"{name} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=choose)[0]]
+        rows_by = {"scorer" if scorer else choose: choose}
         if others and scorer and not budget.average:
             other = "distinct" if choose == "top" else "top"
-            ways[f"scorer, {other} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=other)[0]]
+            rows_by[f"scorer, {other}"] = other
+        for name, how in rows_by.items():
+            ways[f"{name} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=how)[0]]
         ways |= free_choices(vlm, budget.exact, seeds, others)
     ways["blind"] = [lambda X, inputs: torch.full((len(X), 1), -1, device=X.device)]
 
@@ -157,34 +163,39 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, 
     lines = []
     for name, by_category in table.items():
         shares = list(by_category.values())
-        per_cent = [*(100 * share for share in shares), 100 * mean(shares), retention(by_category, full)]
+        per_cent = [100 * share for share in [*shares, mean(shares)]]
+        values = [mean(kept[name]), *per_cent, retention(by_category, full)]
         low, high = bootstrap(right[name], right[whole], rows)
-        cells = [f"{value:.1f}" for value in [mean(kept[name]), *per_cent]]
-        lines.append([name, *cells, f"{low:.1f}–{high:.1f}"])
-    show(f"{vlm.name}, {len(rows)} questions: accuracy by category, retention and its 95 % interval, in per cent",
-         ["tokens", "kept", *full, "mean", "retention", "95 %"], lines)
+        lines.append([name, *(f"{value:.1f}" for value in values), f"{low:.1f}–{high:.1f}"])
+    show(f"{vlm.name}, {len(rows)} questions: accuracy by category, retention and its 95 % "
+         "interval, in per cent", ["tokens", "kept", *full, "mean", "retention", "95 %"], lines)
     unknown = [category for category, share in full.items() if share == 0]
     if unknown:
-        print(f"left out of the retention, since all tokens answer none of it right: {', '.join(unknown)}")
+        print("left out of the retention, since all tokens answer none of it right: "
+              + ", ".join(unknown))
     return table
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = ap.add_argument
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
         help="budgets, as of infer.py (default: the papers', 33.3%% 22.2%% 11.1%%)")
-    add("--questions", metavar="JSONL", help="a question file with labels (default: the embedded test)")
+    add("--questions", metavar="JSONL",
+        help="a question file with labels (default: the embedded test)")
     add("--images", metavar="DIR", help="folder of its images (default: the question file's own)")
     add("--others", action="store_true", help="also what other papers choose by")
     add("--seeds", type=int, default=3, help="of random choices (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="save the table, and under which conditions it was made")
-    add_pruner_arguments(ap)
-    args = ap.parse_args()
+    add("--json", type=Path, metavar="FILE",
+        help="save the table, and under which conditions it was made")
+    add_pruner_arguments(parser)
+    args = parser.parse_args()
     check(args, "seeds")
     rows = read_questions(args.questions or prepare() / "test.jsonl", args.images)
     vlm, scorer, settings = load_pruned(args)
-    table = accuracy_table(vlm, scorer, settings, rows, budgets(args.keep, vlm), args.seeds, args.others, args.choose)
+    table = accuracy_table(vlm, scorer, settings, rows, budgets(args.keep, vlm), args.seeds,
+                           args.others, args.choose)
     if args.json:
         save(args.json, "python -m eval.accuracy", {"seeds": args.seeds, "accuracy": table})
 

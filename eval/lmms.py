@@ -1,12 +1,13 @@
 """
 Public benchmarks by lmms-eval (tried: 0.7.3), answered greedily and pruned as by infer.py.
 
-    python -m eval.lmms --tasks pope,gqa --pruner out-7b --keep 64      # --include_path DIR for tasks of your own
-    python -m eval.lmms --tasks pope,gqa --model llava-hf/llava-1.5-7b-hf --choose diversity --keep 64
+    python -m eval.lmms --tasks pope,gqa --pruner out-7b --keep 64
+    python -m eval.lmms --tasks pope,gqa --model llava-hf/llava-1.5-7b-hf --choose diversity
 
-lmms-eval's own command finds the model by an entry point. In this folder, with a new folder diffprune-0.dist-info:
-    printf '[lmms_eval.models]\ndiffprune = eval.lmms:MANIFEST\n' > diffprune-0.dist-info/entry_points.txt
-    PYTHONPATH=. python -m lmms_eval --model diffprune --model_args pruner=out-7b,keep=64 --batch_size 16 --tasks pope
+lmms-eval's own command finds the model by an entry point. In the folder above:
+    mkdir diffprune-0.dist-info; cd diffprune-0.dist-info
+    printf '[lmms_eval.models]\ndiffprune = eval.lmms:MANIFEST\n' > entry_points.txt; cd ..
+    PYTHONPATH=. python -m lmms_eval --model diffprune --model_args pruner=out-7b --tasks pope
 """
 import argparse
 import sys
@@ -25,20 +26,21 @@ from eval.tables import budgets, check, save
 from infer import add_pruner_arguments, load_pruned
 
 try:
-    from lmms_eval import evaluator  # the whole module: by the entry point, it is itself just being imported
+    from lmms_eval import evaluator  # as a module: by the entry point, it is just being imported
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import make_table
 except (ImportError, RuntimeError) as e:
-    print(f"error: lmms-eval cannot be loaded ({short(e)}); pip install lmms-eval==0.7.3", file=sys.stderr)
+    print(f"error: lmms-eval cannot be loaded ({short(e)}); pip install lmms-eval==0.7.3",
+          file=sys.stderr)
     sys.exit(2)
 
 MANIFEST = ModelManifest("diffprune", simple_class_path="eval.lmms.Pruned")
 
 
 class Pruned(lmms):
-    """What lmms-eval takes for a model. options: pruner, model, choose, device and dtype, as infer.py's."""
+    """A model of lmms-eval's. options: pruner, model, choose, device, dtype, as infer.py's."""
 
     def __init__(self, keep=None, batch_size=16, **options):
         super().__init__()
@@ -51,21 +53,22 @@ class Pruned(lmms):
         self.batch = max(1, int(batch_size))
 
     def question(self, request):
-        """(picture, text) of a request. InputError if it asks for more than a greedy answer about one picture."""
+        """(picture, text) of a request. InputError unless it is greedy, about one picture."""
         text, options, doc_to_visual, number, task, split = request.args
         where = f"{task}, document {number}"
         pictures = doc_to_visual(self.task_dict[task][split][number]) or []
         greedy = not options.get("temperature") and (options.get("num_beams") or 1) == 1
         if len(pictures) != 1 or not isinstance(pictures[0], Image.Image) or not greedy:
-            raise InputError(f"{where}: {len(pictures)} pictures or videos, {options}; it must be one picture, and "
-                             "greedy")
+            raise InputError(f"{where}: {len(pictures)} pictures or videos, {options}; it must be "
+                             "one picture, and greedy")
         text = text.replace("<image>", "").replace(self.vlm.processor.image_token, "").strip()
         self.vlm.check_text(text, where)
         return upright(pictures[0]), text
 
     def batches(self, requests):
-        """(numbers of requests, new tokens at most): alike in these, and in length, so that little is padding."""
-        limits = [request.args[1].get("max_new_tokens") or 128 for request in requests]  # 128: as infer.py
+        """(numbers of requests, new tokens at most), alike in length, so that little is padding."""
+        # 128: as infer.py
+        limits = [request.args[1].get("max_new_tokens") or 128 for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (limits[i], len(requests[i].args[0])))
         while order:
             limit = limits[order[0]]
@@ -91,12 +94,14 @@ class Pruned(lmms):
         return results
 
     def loglikelihood(self, requests):
-        raise InputError(f"{requests[0].task_name}: asks for likelihoods or several rounds; give a task of one answer")
+        raise InputError(f"{requests[0].task_name}: asks for likelihoods or several rounds; give a "
+                         "task of one answer")
     generate_until_multi_round = loglikelihood
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tasks", required=True, help="names of lmms-eval's tasks, with commas between them")
     add("--include_path", metavar="DIR", help="folder of task files of your own")
@@ -110,13 +115,16 @@ def main():
     manager = TaskManager("WARNING", include_path=args.include_path)
     tasks = args.tasks.split(",")
     if not set(tasks) <= set(manager.all_tasks):
-        raise InputError(f"--tasks {args.tasks}: lmms-eval knows not all; python -m lmms_eval --tasks list names them")
-    options = {name: getattr(args, name) for name in ("pruner", "model", "choose", "device", "dtype")}
-    model = Pruned(args.keep, args.batch_size, **options)
-    results = evaluator.simple_evaluate(model=model, tasks=tasks, task_manager=manager, limit=args.limit)
+        raise InputError(f"--tasks {args.tasks}: lmms-eval does not know all of them; python -m "
+                         "lmms_eval --tasks list names those there are")
+    model = Pruned(args.keep, args.batch_size, pruner=args.pruner, model=args.model,
+                   choose=args.choose, device=args.device, dtype=args.dtype)
+    results = evaluator.simple_evaluate(model=model, tasks=tasks, task_manager=manager,
+                                        limit=args.limit)
     print(make_table(results))
     if args.json:
-        save(args.json, "python -m eval.lmms", {name: results.get(name) for name in ("results", "efficiency")})
+        saved = {name: results.get(name) for name in ("results", "efficiency")}
+        save(args.json, "python -m eval.lmms", saved)
 
 
 if __name__ == "__main__":

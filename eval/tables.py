@@ -1,8 +1,8 @@
 """
 What all measurements share: tables, and a JSON file that says under which conditions it was made.
 
-    show("speed", ["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])         # on the terminal
-    markdown(["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])              # for RESULTS.md
+    show("speed", ["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])   # on the terminal
+    markdown(["tokens", "ms"], [["all 576", "118.7"], ["keep 64", "41.6"]])        # for RESULTS.md
     save(Path("speed.json"), "python bench.py", {"speed": …})
 """
 import platform
@@ -39,7 +39,8 @@ def show(title, header, rows):
 
 
 def markdown(header, rows):
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    rows = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def spread(values, digits=1):
@@ -66,7 +67,7 @@ def conditions():
 
 
 def save(path, program, measured):
-    """Write what was measured, with the command and its conditions. The old file stays until the new one is whole."""
+    """Write what was measured, with the command and its conditions."""
     command = f"{program} {shlex.join(sys.argv[1:])}".strip()
     write(path, rounded({"conditions": conditions(), "command": command, **measured}))
 
@@ -75,12 +76,12 @@ def made_by(file):
     """The command, machine and date of a saved file, in a sentence."""
     c = file["conditions"]
     seeds = f", {file['seeds']} seeds" if "seeds" in file else ""
-    return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch {c['torch']}, "
-            f"transformers {c['transformers']}, {c['date']}{seeds}.")
+    return (f"`{file['command']}` on {c['gpu'] or c['cpu']}, {c['threads']} threads, torch "
+            f"{c['torch']}, transformers {c['transformers']}, {c['date']}{seeds}.")
 
 
 def check(args, *names):
-    """InputError unless these arguments are 1 or more, and --json names a place for measurements."""
+    """InputError unless these arguments are 1 or more, and --json is a place for measurements."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -88,7 +89,8 @@ def check(args, *names):
     if args.json:
         check_place("--json", args.json, "", (".json",))
         if args.json.exists() and '"conditions"' not in args.json.read_text(errors="replace"):
-            raise InputError(f"--json {args.json}: is there, and holds no measurements; give another name")
+            raise InputError(f"--json {args.json}: is there, and holds no measurements; give "
+                             "another name")
 
 
 def budgets(texts, vlm):
@@ -101,5 +103,6 @@ def budgets(texts, vlm):
         return parsed
     counts = [Budget(budget.of(vlm.tokens), average=budget.average) for budget in parsed]
     if any(budget.count and budget.count > vlm.tokens for budget in parsed):
-        raise InputError(f"--keep {' '.join(texts)}: {vlm.name} has {vlm.tokens} visual tokens; give at most that many")
+        raise InputError(f"--keep {' '.join(texts)}: {vlm.name} has {vlm.tokens} visual tokens; "
+                         "give at most that many")
     return counts
