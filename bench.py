@@ -1,90 +1,220 @@
 """
-What pruning saves and what it costs: the time of every stage of an answer, with all visual tokens and with few.
+GPU prefill timing: what each stage of an answer costs, with all visual tokens and with few.
 
-    python bench.py --model random:llava-1.5-7b --dtype bfloat16                        # true size, random weights
-    python bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --compile --json speed.json
-    python bench.py --model random:qwen2.5-vl-7b --device meta                          # FLOPs alone: needs no memory
+    python bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --training   # a GPU
+    python bench.py --model random:qwen2.5-vl-7b --device meta     # FLOPs alone: needs no memory
+    python bench.py --count                                        # launches, on any machine
 
-All rows of all tables are timed in turn within one run, so that a drift of the machine hits all of them alike. Each
-number is the median; ratios are within one batch size. What pruning keeps is measured by python -m eval.accuracy.
+random: is a true architecture with random weights. On a GPU every answer is timed twice: eager, where
+Python launches each kernel, and by CUDA graphs (common/graphs.py). All is timed in turn within one
+run, so that a drift of the machine hits every row alike. Each number is a median, in ms. What pruning
+keeps is measured by python -m eval.accuracy.
 """
 import argparse
 import copy
+import itertools
+import math
 import statistics
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
-from common.files import InputError, cli
-from common.pruner import RANKINGS, default_pruner, load_pruner
 from common.criteria import average_pooling, cls_attention, criteria, pooled_grid
+from common.files import InputError, cli
+from common.graphs import CACHE, Graphed, Graphs
+from common.pruner import RANKINGS, default_pruner, load_pruner
+from denoiser import Denoiser
 from eval.tables import budgets, check, percentile, save, show
-from infer import CACHE
 from model import DTYPES, add_device_arguments, load, number_type
-from throttler import Scorer, distinct, select
+from throttler import Scorer, distinct, select, soft_top_k, vp_gate
 
-STAGES = ["encode", "select", "project", "prefill", "decode"]
-# DiffPrune's figures (arXiv 2605.28051), LLaVA-1.5-7B on one A6000, batch 1, fp16, in ms
-PUBLISHED = {"all 576, published": dict(tflops=8.89, encode=29.71, prefill=118.66, first=149.51),
-             "keep 64, published": dict(tflops=2.13, encode=30.41, select=0.69, prefill=41.61, first=73.73)}
+STAGES = ("encode", "choose", "project", "prefill")  # by graphs, project is a part of prefill
+# DiffPrune's figures (arXiv 2605.28051), LLaVA-1.5-7B on one A6000, batch 1, fp16
+PUBLISHED = [dict(tokens=576, batch=1, way="published", TFLOPs=8.89, encode=29.71, prefill=118.66, first=149.51),
+             dict(tokens=64, batch=1, way="published", TFLOPs=2.13, encode=30.41, choose=0.69, prefill=41.61,
+                  first=73.73)]
 
+
+class Row(NamedTuple):
+    """What is timed."""
+    tokens: int  # visual tokens that are kept; N is all
+    batch: int
+    way: str  # of an answer: eager or graphs; or choosing; or training
+
+
+# --- clocks -------------------------------------------------------------------------------------
 
 class Clock:
-    """Marks the ends of stages: CUDA events, so that nothing waits between stages; the wall clock elsewhere."""
+    """Marks the ends of stages: by CUDA events, so that nothing waits in between; else the wall clock."""
 
     def __init__(self, device):
-        self.cuda, self.marks = torch.device(device).type == "cuda", []
-        self.mark()
+        self.cuda, self.marks = torch.device(device).type == "cuda", {}
+        self.mark("start")
 
-    def mark(self):
+    def mark(self, name):
+        self.marks[name] = time.perf_counter()
         if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name].record()
 
-    def milliseconds(self):
-        """Between each mark and the next."""
-        if not self.cuda:
-            return [1000 * (b - a) for a, b in zip(self.marks, self.marks[1:])]
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
+    def read(self):
+        """{mark: ms from the start to there}."""
+        start = self.marks["start"]
+        if self.cuda:
+            torch.cuda.synchronize()
+            return {name: start.elapsed_time(mark) for name, mark in self.marks.items()}
+        return {name: 1000 * (mark - start) for name, mark in self.marks.items()}
+
+
+class Calls(TorchDispatchMode):
+    """A clock of launches: counts torch's calls, but not its views. On a GPU each is about one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.marks = 0, {"start": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+    def mark(self, name):
+        self.marks[name] = self.calls
+
+    def read(self):
+        return self.marks
+
+
+class Counted(Graphed):
+    """As if recorded, on any device: a replay is one call. A count does not mind what it computes."""
+    device = "cpu"
+
+    def record(self, static):
+        return partial(torch.zeros, 1), self.fn(*static)
+
+
+def between(at):
+    """{mark: ms from the mark before} from {mark: ms from the start}."""
+    return {name: ms - before for (_, before), (name, ms) in itertools.pairwise(at.items())}
+
+
+def answer_times(at, words):
+    """{stage: ms} from {mark: ms from the start}. Marks: STAGES, and the further tokens' numbers 2, 3, …"""
+    times = {stage: ms for stage, ms in between(at).items() if stage in STAGES}
+    first = at["prefill"]  # the first token is there; encoder and choice are in it
+    times["first"] = first
+    if max(words) > 1:
+        times["decode"] = (at[max(words)] - first) / (max(words) - 1)  # one further token
+    for n in words:
+        times[f"answer {n}"] = at.get(n, first)
+    return times
+
+
+# --- what is timed ------------------------------------------------------------------------------
+
+def eager_stream(vlm, inputs, X, keep, clock):
+    """As Graphs.stream(), launch by launch."""
+    sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
+    clock.mark("project")
+    mask, position = sequence["attention_mask"], sequence["position_ids"][..., -1:]
+    out = vlm.model(**sequence, use_cache=True, logits_to_keep=1)
+    while True:
+        token = out.logits[:, -1:].argmax(-1)  # (B, 1)
+        yield token
+        mask, position = F.pad(mask, (0, 1), value=1), position + 1
+        inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position, CACHE: out[CACHE]}
+        out = vlm.model(**inputs, use_cache=True)
 
 
 @torch.no_grad()
-def answer_once(vlm, scorer, inputs, K, how, prefill, words):
-    """One answer of so many tokens, from pixels on: {stage: ms}, decode per token, and the bytes of the KV cache."""
-    clock = Clock(vlm.model.device)
+def answer_once(vlm, choose, inputs, words, clock):
+    """{stage: ms} of an answer from its pixels on. vlm may be Graphs; words: lengths of answers."""
     X = vlm.encode(inputs)  # (B, N, d)
-    clock.mark()
-    keep = select(RANKINGS[how](scorer(X), X), K) if K else None  # (B, K)
-    clock.mark()
-    sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
-    clock.mark()
-    with vlm.telling(sequence) as given:
-        out = prefill(**given, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)  # (B, 1)
-    clock.mark()
-    cache = out.get("cache") or out["past_key_values"]  # the key's name as CACHE
-    size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    mask, position = sequence["attention_mask"], sequence["position_ids"][..., -1:]
-    for _ in range(words - 1):
-        mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        out = vlm.model(input_ids=token, **{CACHE: cache}, attention_mask=mask, position_ids=position, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    clock.mark()
-    times = dict(zip(STAGES, clock.milliseconds()))
-    times["answer"] = sum(times.values())
-    times["first"] = times["answer"] - times["decode"]
-    times["decode"] /= max(1, words - 1)
-    return times, size
+    clock.mark("encode")
+    keep = choose(X)  # (B, K), or None
+    clock.mark("choose")
+    if isinstance(vlm, Graphs):
+        stream = vlm.stream(inputs, X, keep)
+    else:
+        stream = eager_stream(vlm, inputs, X, keep, clock)
+    next(stream)
+    clock.mark("prefill")
+    for n in range(2, max(words) + 1):
+        next(stream)
+        clock.mark(n)
+    return answer_times(clock.read(), words)
 
+
+@torch.no_grad()
+def choose_once(vlm, scorer, inputs, K, clock):
+    """{name: ms} of every way to choose K tokens: the scorer's, and other papers' criteria."""
+    ways = {f"scorer, {how}": lambda rank=rank: select(rank(scorer(X), X), K) for how, rank in RANKINGS.items()}
+    X = vlm.encode(inputs)
+    for name, choose in criteria(vlm).items():
+        ways[name] = partial(choose, X, inputs, K)
+    ways.pop("pooling", None)
+    if vlm.tokens and pooled_grid(vlm.tokens, K):
+        ways["pooling"] = partial(average_pooling, X, K)
+    if "CLS" in ways:  # the encoder has this at hand; it is not to run twice
+        states = vlm.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        ways["CLS"] = lambda: select(cls_attention(vlm, inputs, states[vlm.layers[-1] - 1]), K)
+    clock.mark("prepared")
+    for name, choose in ways.items():
+        choose()
+        clock.mark(name)
+    times = between(clock.read())
+    del times["prepared"]
+    return times
+
+
+def train_once(vlm, scorer, denoiser, mean, L, inputs, K, clock):
+    """{part: ms} of a training step, forward and backward as train.forward() has it; and our share.
+
+    That is what the method adds, as a share of the frozen model's part.
+    """
+    X = vlm.encode(inputs).float()  # (B, N, d)
+    clock.mark("encoder")
+    s = scorer(X)  # (B, N)
+    clock.mark("scorer")
+    alpha = soft_top_k(distinct(s, X), K, 0.5)
+    clock.mark("soft top-K")
+    X_tilde = vp_gate(X, alpha, mean, L)  # (B, N, d)
+    clock.mark("gate")
+    X_bar = denoiser(X_tilde)
+    clock.mark("denoiser")
+    at_llm = X_bar.detach().requires_grad_()
+    vlm.loss(inputs, at_llm).backward()
+    clock.mark("LLM")
+    X_bar.backward(at_llm.grad)
+    clock.mark("our backward")
+    times = between(clock.read())
+    frozen = times["encoder"] + times["LLM"]
+    return {**times, "our share": sum(times.values()) / frozen - 1}
+
+
+def in_turn(work, repeats, device):
+    """{row: {stage: median, 10th and 90th percentile}} of `work`, {row: clock -> {stage: ms}}."""
+    runs = {row: [] for row in work}
+    for repeat in tqdm(range(-2, repeats), desc="timing", dynamic_ncols=True):
+        for row, once in work.items():
+            times = once(Clock(device))
+            if repeat >= 0:  # the first two are the warm-up
+                runs[row].append(times)
+    return {row: {stage: summary([run[stage] for run in times]) for stage in times[0]} for row, times in runs.items()}
+
+
+def summary(values):
+    return {"median": statistics.median(values), "p10": percentile(values, 10), "p90": percentile(values, 90)}
+
+
+# --- what is counted ----------------------------------------------------------------------------
 
 def prefill_flops(vlm, lengths):
     """{L: FLOPs of the prefill of one sequence of L tokens}, 2 a multiply-add, counted on the meta device."""
@@ -99,142 +229,154 @@ def prefill_flops(vlm, lengths):
     return flops
 
 
-@torch.no_grad()
-def ways_to_choose(vlm, scorer, inputs, X, K):
-    """{name: a function without arguments} that chooses K tokens: the scorer, and every criterion of other papers."""
-    ways = {"scorer, top": lambda: select(scorer(X), K), "scorer, distinct": lambda: select(distinct(scorer(X), X), K)}
-    for name, choose in criteria(vlm).items():
-        if name == "CLS":  # the encoder has this at hand; it is not to run twice
-            tower = vlm.model.model.vision_tower
-            hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[vlm.layers[-1] - 1]
-            ways["CLS"] = lambda: select(cls_attention(vlm, inputs, hidden), K)
-        elif name != "pooling":
-            ways[name] = partial(choose, X, inputs, K)
-        elif pooled_grid(vlm.tokens, K):
-            ways["pooling"] = lambda: average_pooling(X, K)
-    return ways
+def narrow(vlm):
+    """A LLaVA-1.5 with as many layers and tokens, but thin: it makes as many launches."""
+    config = copy.deepcopy(vlm.model.config)
+    for part in (config.text_config, config.vision_config):
+        part.hidden_size, part.intermediate_size, part.num_attention_heads = 64, 64, 4
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 4, 16
+    return type(vlm)(AutoModelForImageTextToText.from_config(config), None, vlm.name)
 
 
-def summary(values):
-    return {"median": statistics.median(values), "p10": percentile(values, 10), "p90": percentile(values, 90)}
+# --- a run --------------------------------------------------------------------------------------
+
+def answers(vlm, scorer, args, counts, kind=None):
+    """{row: clock -> {stage: ms}} of an answer with each of the counts; by graphs of a kind, too."""
+    def rank(X):
+        return RANKINGS[args.choose](scorer(X), X)  # (B, N)
+
+    def choose(rank, K, X):
+        return None if K == N else select(rank(X), K)
+
+    N, ways, work = counts[0], {"eager": (vlm, rank)}, {}
+    if kind:
+        slots = 1024 * math.ceil((N + args.text + 32 + max(args.words)) / 1024)
+        graphs = Graphs(vlm, slots, kind)
+        ways["graphs"] = graphs, graphs.recorded(rank)
+    for batch, K, way in itertools.product(args.batch, counts, ways):
+        model, ranked = ways[way]
+        inputs = vlm.dummy_inputs(batch, args.text)
+        work[Row(K, batch, way)] = partial(answer_once, model, partial(choose, ranked, K), inputs, args.words)
+    return work
 
 
-def rows_of(vlm, args):
-    """{row: (inputs, K or None for all tokens, TFLOPs of the prefill)} for every batch size and budget."""
-    inputs = vlm.dummy_inputs(1, args.text)
-    L = inputs["input_ids"].shape[1]
-    N = L - args.text
-    counts = {f"all {N}": None, **{f"keep {budget.of(N)}": budget.of(N) for budget in budgets(args.keep, vlm)}}
-    flops = prefill_flops(vlm, {L - N + (K or N) for K in counts.values()})
-    rows = {}
-    for batch in args.batch:
-        inputs, more = vlm.dummy_inputs(batch, args.text), "" if args.batch == [1] else f", batch {batch}"
-        for name, K in counts.items():
-            rows[name + more] = inputs, K, batch * flops[L - N + (K or N)] / 1e12
+def training(vlm, batch, K):
+    """clock -> {part: ms} of a training step: so many pictures, captions of 20 tokens."""
+    device, d = vlm.model.device, vlm.width
+    inputs = vlm.dummy_inputs(batch, 40)
+    inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (inputs["input_ids"].shape[1] - 20, 0), value=-100)
+    mean, L = torch.zeros(d, device=device), torch.eye(d, device=device)
+    return partial(train_once, vlm, Scorer(d).to(device), Denoiser(d).to(device), mean, L, inputs, K)
+
+
+def measure(vlm, args, counts):
+    """[{column: value}], a line for each row that was timed."""
+    device, N = vlm.model.device, counts[0]
+    scorer = Scorer(vlm.width).to(device)  # its weights do not matter here
+    if device.type != "cpu":
+        scorer.to(vlm.model.dtype)  # as in infer.py
+    if args.count:
+        results, work = {}, answers(vlm, scorer, args, counts, Counted)
+        for row, once in [*work.items(), *work.items()]:  # the first time sets up
+            with Calls() as clock:
+                results[row] = once(clock)
+        return [{**row._asdict(), **calls} for row, calls in results.items()]
+
+    work = answers(vlm, scorer, args, counts, Graphed if args.graphs else None)
+    for batch, K in itertools.product(args.batch, counts[1:]):
+        inputs = vlm.dummy_inputs(batch, args.text)
+        work[Row(K, batch, "choosing")] = partial(choose_once, vlm, scorer, inputs, K)
+    if args.training:
+        work[Row(counts[-1], args.training, "training")] = training(vlm, args.training, counts[-1])
+    results = in_turn(work, args.repeats, device)
+    flops = prefill_flops(vlm, {K + args.text for K in counts})
+    rows = []
+    for row, times in results.items():
+        line = {**row._asdict(), **times}
+        if row.way in ("eager", "graphs"):
+            line["TFLOPs"] = row.batch * flops[row.tokens + args.text] / 1e12
+            line |= compared(times, results[row._replace(tokens=N)])
+        rows.append(line)
     return rows
 
 
-def speed(vlm, args):
-    """Time every row of the tables in turn. Returns what --json saves."""
-    device, cuda = vlm.model.device, vlm.model.device.type == "cuda"
-    scorer = Scorer(vlm.width).to(device).eval()  # its weights do not matter here
-    prefills = {"": vlm.model}
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 1000  # a shape for each row; beyond the limit it would not be compiled
-        compiled = torch.compile(vlm.model, mode="reduce-overhead" if cuda else "default", dynamic=False)
-        prefills[", compiled"] = compiled  # on a GPU with CUDA graphs
-    rows, result, runs = rows_of(vlm, args), {}, {}
-    choosing = {name: ways_to_choose(vlm, scorer, inputs, vlm.encode(inputs), K)
-                for name, (inputs, K, _) in rows.items() if K}
-    for repeat in tqdm(range(-2, args.repeats), desc="timing", dynamic_ncols=True):  # the first two are the warm-up
-        for mode, prefill in prefills.items():
-            for name, (inputs, K, tflops) in rows.items():
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                times, size = answer_once(vlm, scorer, inputs, K, args.choose, prefill, args.words)
-                peak = torch.cuda.max_memory_allocated() if cuda else None
-                result[name + mode] = {"tflops": tflops, "cache_bytes": size, "peak_bytes": peak}
-                runs.setdefault(name + mode, []).append(times)
-        for name, ways in choosing.items():
-            for way, choose in ways.items():
-                clock = Clock(device)
-                with torch.no_grad():
-                    choose()
-                clock.mark()
-                runs.setdefault((name, way), []).extend(clock.milliseconds())
-    for name, row in result.items():
-        for stage in (*STAGES, "first", "answer"):
-            row[stage] = summary([times[stage] for times in runs[name][2:]])
-    whole = next(iter(rows)).partition(",")[0]  # "all 576"
-    for name, row in result.items():
-        base = result[whole + name.removeprefix(name.partition(",")[0])]  # of the same batch and mode
-        row["ratio"] = {s: base[s]["median"] / row[s]["median"] for s in ("prefill", "first", "decode", "answer")}
-        row["overhead"] = row["select"]["median"] / base["prefill"]["median"]  # of choosing, as a share of the prefill
-        batch = len(rows[name.removesuffix(", compiled")][0]["input_ids"])
-        row["images_per_second"] = {s: 1000 * batch / row[s]["median"] for s in ("prefill", "answer")}
-    choosing = {name: {way: summary(runs[name, way][2:]) for way in ways} for name, ways in choosing.items()}
-    return {"model": vlm.name, "batch": args.batch, "text": args.text, "words": args.words, "dtype": args.dtype,
-            "repeats": args.repeats, "choose": args.choose, "rows": result, "choosing": choosing}
+def compared(times, whole):
+    """How many times faster than with all tokens (×), and choosing as a share of the prefill."""
+    shares = {"choose / prefill": times["choose"]["median"] / times["prefill"]["median"]}
+    for stage in times.keys() - {"encode", "choose", "project"}:
+        shares[f"{stage} ×"] = whole[stage]["median"] / times[stage]["median"]
+    return dict(sorted(shares.items()))
 
 
-def print_tables(vlm, args, made):
-    """The stages, the throughput, and the ways to choose; with the papers' figures where they are of this model."""
-    columns = (*STAGES[:-1], "first", "decode")
-    lines, through = [], []
-    for name, row in made["rows"].items():
-        spread = ["{median:.2f} [{p10:.1f}–{p90:.1f}]".format(**row[stage]) for stage in columns]
-        peak = f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "–"
-        lines.append([name, f"{row['tflops']:.4g}", *spread, f"{row['cache_bytes'] / 1e6:.1f}", peak,
-                      f"{row['ratio']['prefill']:.2f}×", f"{row['ratio']['first']:.2f}×", f"{row['overhead']:.2%}"])
-        rate, ratio = row["images_per_second"], row["ratio"]
-        through.append([name, f"{rate['prefill']:.3g}", f"{ratio['prefill']:.2f}×", f"{rate['answer']:.3g}",
-                        f"{ratio['answer']:.2f}×"])
-    if "llava-1.5-7b" in vlm.name:
-        for name, row in PUBLISHED.items():
-            stages = [str(row.get(stage, "–")) for stage in columns]
-            lines.append([name, f"{row['tflops']}", *stages, "–", "–", *3 * ["A6000"]])
-    show(f"{vlm.name}: {args.text} text tokens, {args.dtype}, attention {vlm.model.config._attn_implementation}; ms, "
-         f"median [10th–90th percentile] of {args.repeats} passes after 2 to warm up; decode is for one token",
-         ["tokens", "TFLOPs", *columns, "KV MB", "peak GB", "prefill", "first", "overhead"], lines)
-    show(f"\nimages a second: the LLM's prefill, and whole answers of {args.words} tokens",
-         ["tokens", "prefill", "ratio", "answers", "ratio"], through)
-    names = list(dict.fromkeys(way for ways in made["choosing"].values() for way in ways))
-    show("\nms to choose, median", ["tokens", *names],
-         [[name, *(f"{ways[way]['median']:.3f}" if way in ways else "–" for way in names)]
-          for name, ways in made["choosing"].items()])
+def cell(value):
+    if isinstance(value, dict):
+        value = value["median"]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(title, rows):
+    """The rows [{column: value}] under a title; a median where a value has several."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    show(title, [*columns], [[cell(row.get(column, "–")) for column in columns] for row in rows])
+
+
+def parse_arguments():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = ap.add_argument
+    add("--model", help="folder or hub name of the VLM, or random:NAME, the true size with random weights (default: "
+        "the model of your pruner, or of the one that ships; for --count random:llava-1.5-7b)")
+    add("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K", help="tokens to keep (default: the "
+        "papers' budgets, 33.3%% 22.2%% 11.1%%)")
+    add("--choose", choices=RANKINGS, default="distinct", help="how the scorer's tokens are chosen (default: "
+        "%(default)s)")
+    add("--batch", type=int, nargs="+", default=[1], help="images at once, one or more sizes (default: 1)")
+    add("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")
+    add("--words", type=int, nargs="+", default=[8, 32], metavar="T", help="tokens of an answer, one or more lengths "
+        "(default: 8 32)")
+    add("--repeats", type=int, metavar="N", help="timed passes (default: 20 on a GPU, 5 on a CPU)")
+    add("--graphs", action=argparse.BooleanOptionalAction, help="answers by CUDA graphs, too (default: on a GPU; a CPU "
+        "takes the same steps, but records nothing)")
+    add("--training", type=int, nargs="?", const=4, metavar="B", help="a training step of B pictures, too (4)")
+    add("--count", action="store_true", help="count launches instead, of a LLaVA-1.5 made thin")
+    add("--json", type=Path, metavar="FILE", help="save what was measured, and under which conditions")
+    add_device_arguments(ap)
+    args = ap.parse_args()
+    check(args, "text", "repeats", "training")
+    if min(*args.batch, *args.words) < 1:
+        raise InputError("--batch and --words must be 1 or more")
+    on_gpu = args.device.startswith("cuda")
+    args.repeats = args.repeats or (20 if on_gpu else 5)
+    args.graphs = on_gpu if args.graphs is None else args.graphs
+    if args.count:
+        args.device, args.model = "meta", args.model or "random:llava-1.5-7b"
+    return args
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("table", nargs="?", choices=["speed"], default="speed", help="may be left out: there is no other")
-    ap.add_argument("--model", help="folder or hub name of the VLM, or random:NAME, the true size with random weights "
-                    "(default: the model of your pruner, or of the one that ships)")
-    ap.add_argument("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
-                    help="tokens to keep (default: the papers' budgets, 33.3%% 22.2%% 11.1%%)")
-    ap.add_argument("--choose", choices=RANKINGS, default="distinct", help="how the scorer's tokens are chosen "
-                    "(default: %(default)s)")
-    ap.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once, one or more sizes (default: 1)")
-    ap.add_argument("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")
-    ap.add_argument("--words", type=int, default=32, metavar="T", help="tokens of an answer (default: %(default)s)")
-    ap.add_argument("--repeats", type=int, metavar="N", help="timed passes (default: 50 on a GPU, 5 on a CPU)")
-    ap.add_argument("--compile", action="store_true", help="also with torch.compile, on a GPU with CUDA graphs")
-    ap.add_argument("--json", type=Path, metavar="FILE", help="save what was measured, and under which conditions")
-    add_device_arguments(ap)
-    args = ap.parse_args()
-    check(args, "text", "words", "repeats")
-    if min(args.batch) < 1:
-        raise InputError(f"--batch {min(args.batch)}: must be 1 or more")
-    args.repeats = args.repeats or (50 if args.device.startswith("cuda") else 5)
-    vlm = load(args.model or load_pruner(default_pruner()[0])[1]["model"], args.device, DTYPES[number_type(args)])
-    if args.device == "meta":  # nothing runs, so there is nothing to time
-        counted = {name: {"tflops": tflops} for name, (_, _, tflops) in rows_of(vlm, args).items()}
-        made = {"model": vlm.name, "text": args.text, "rows": counted}
-        show(f"{vlm.name}, {args.text} text tokens: FLOPs of the prefill", ["tokens", "TFLOPs"],
-             [[name, f"{row['tflops']:.4g}"] for name, row in counted.items()])
+    args = parse_arguments()
+    name = args.model or load_pruner(default_pruner()[0])[1]["model"]
+    vlm = load(name, args.device, DTYPES[number_type(args)])
+    N = vlm.dummy_inputs(1, args.text)["input_ids"].shape[1] - args.text
+    counts = [N, *(budget.of(N) for budget in budgets(args.keep, vlm))]
+    title = f"{name}, {args.text} text tokens"
+    if args.count:
+        if vlm.tokens is None:
+            raise InputError(f"--model {name}: only of a LLaVA-1.5 are launches counted")
+        rows = measure(narrow(vlm), args, counts)
+        print_table(f"{title}: torch's calls without views; on a GPU each is about one launch", rows)
+    elif args.device == "meta":  # nothing runs, so there is nothing to time
+        flops = prefill_flops(vlm, {K + args.text for K in counts})
+        rows = [{"tokens": K, "TFLOPs": flops[K + args.text] / 1e12} for K in counts]
+        print_table(f"{title}: the prefill's FLOPs", rows)
     else:
-        made = speed(vlm, args)
-        print_tables(vlm, args, made)
+        rows = measure(vlm, args, counts)
+        published = PUBLISHED if "llava-1.5-7b" in name else []
+        print_table(f"{title}, {args.dtype}: ms, medians of {args.repeats} passes after 2 to warm up; decode is one "
+                    "further token", [row for row in rows if row["way"] in ("eager", "graphs")] + published)
+        for way, about in (("choosing", "ms to choose"), ("training", "ms of a training step")):
+            print_table(f"\n{about}", [row for row in rows if row["way"] == way])
     if args.json:
+        made = {"model": name, "text": args.text, "dtype": args.dtype, "repeats": args.repeats, "rows": rows}
         save(args.json, "python bench.py", {"speed": made})
 
 
