@@ -41,6 +41,7 @@ STAGES = ("encode", "choose", "project", "prefill")  # by graphs, project is a p
 PUBLISHED = [dict(tokens=576, batch=1, way="published", TFLOPs=8.89, encode=29.71, prefill=118.66, first=149.51),
              dict(tokens=64, batch=1, way="published", TFLOPs=2.13, encode=30.41, choose=0.69, prefill=41.61,
                   first=73.73)]
+TITLES = {"choosing": "choosing alone", "training": "a training step, forward and backward", "prefill": "the prefill"}
 
 
 class Row(NamedTuple):
@@ -124,7 +125,8 @@ def eager_stream(vlm, inputs, X, keep, clock):
     sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
     clock.mark("project")
     mask, position = sequence["attention_mask"], sequence["position_ids"][..., -1:]
-    out = vlm.model(**sequence, use_cache=True, logits_to_keep=1)
+    with vlm.telling(sequence) as given:
+        out = vlm.model(**given, use_cache=True, logits_to_keep=1)
     while True:
         token = out.logits[:, -1:].argmax(-1)  # (B, 1)
         yield token
@@ -308,16 +310,19 @@ def compared(times, whole):
     return dict(sorted(shares.items()))
 
 
-def cell(value):
-    if isinstance(value, dict):
-        value = value["median"]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def tables(rows):
+    """[(title, header, lines)] of rows {column: value}, which may be of several kinds."""
+    def cell(value):
+        if isinstance(value, dict):
+            value = value["median"]
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
-def print_table(title, rows):
-    """The rows [{column: value}] under a title; a median where a value has several."""
-    columns = dict.fromkeys(column for row in rows for column in row)
-    show(title, [*columns], [[cell(row.get(column, "–")) for column in columns] for row in rows])
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(TITLES.get(row["way"], "answers"), []).append(row)
+    for title, rows in kinds.items():
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        yield title, columns, [[cell(row.get(column, "–")) for column in columns] for row in rows]
 
 
 def parse_arguments():
@@ -358,25 +363,22 @@ def main():
     vlm = load(name, args.device, DTYPES[number_type(args)])
     N = vlm.dummy_inputs(1, args.text)["input_ids"].shape[1] - args.text
     counts = [N, *(budget.of(N) for budget in budgets(args.keep, vlm))]
-    title = f"{name}, {args.text} text tokens"
     if args.count:
         if vlm.tokens is None:
             raise InputError(f"--model {name}: only of a LLaVA-1.5 are launches counted")
-        rows = measure(narrow(vlm), args, counts)
-        print_table(f"{title}: torch's calls without views; on a GPU each is about one launch", rows)
+        unit, rows = "torch's calls but its views, on a GPU about one launch each", measure(narrow(vlm), args, counts)
     elif args.device == "meta":  # nothing runs, so there is nothing to time
         flops = prefill_flops(vlm, {K + args.text for K in counts})
-        rows = [{"tokens": K, "TFLOPs": flops[K + args.text] / 1e12} for K in counts]
-        print_table(f"{title}: the prefill's FLOPs", rows)
+        unit, rows = "TFLOPs", [Row(K, 1, "prefill")._asdict() | {"TFLOPs": flops[K + args.text] / 1e12} for K in counts]
     else:
-        rows = measure(vlm, args, counts)
-        published = PUBLISHED if "llava-1.5-7b" in name else []
-        print_table(f"{title}, {args.dtype}: ms, medians of {args.repeats} passes after 2 to warm up; decode is one "
-                    "further token", [row for row in rows if row["way"] in ("eager", "graphs")] + published)
-        for way, about in (("choosing", "ms to choose"), ("training", "ms of a training step")):
-            print_table(f"\n{about}", [row for row in rows if row["way"] == way])
+        unit, rows = f"ms, medians of {args.repeats} passes, {args.dtype}", measure(vlm, args, counts)
+        if "llava-1.5-7b" in name:
+            rows += PUBLISHED
+    made = {"model": name, "text": args.text, "unit": unit, "rows": rows}
+    print(f"{name}, {args.text} text tokens: {unit}")
+    for title, columns, lines in tables(rows):
+        show(f"\n{title}", columns, lines)
     if args.json:
-        made = {"model": name, "text": args.text, "dtype": args.dtype, "repeats": args.repeats, "rows": rows}
         save(args.json, "python bench.py", {"speed": made})
 
 

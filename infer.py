@@ -22,7 +22,6 @@ are in github.com/AoiDragon/POPE, output/coco). A killed run resumes.
 """
 import argparse
 import copy
-import inspect
 import json
 import math
 import sys
@@ -33,18 +32,17 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache
 
 from common.budget import Budget
 from common.criteria import UNTRAINED
 from common.files import InputError, check_place, cli, portable, write
+from common.graphs import CACHE, Graphs
 from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
 from data.pictures import read_image, seen_by_model, sheet
 from data.questions import answer_file, read_questions, score
 from model import DTYPES, add_device_arguments, load, number_type, take
 
-CALLED = inspect.signature(LlamaModel.forward).parameters
-CACHE = "cache" if "cache" in CALLED else "past_key_values"  # the second until transformers 5.23
 SOFTWARE = 0x0131  # EXIF's field for the program that drew a picture
 
 
@@ -336,6 +334,8 @@ def parse_arguments():
     add("--show", type=Path, metavar="PNG",
         help="draw what was kept, with the answers by all and by the kept tokens")
     add("--json", action="store_true", help="print the results as JSON on the last line")
+    add("--graphs", action="store_true", help="replay CUDA graphs, so that the GPU does not wait for "
+        "Python (on a CPU the same steps)")
     add_question_arguments(parser)
     return parser.parse_args()
 
@@ -386,6 +386,8 @@ def main():
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
     vlm, scorer, settings = load_pruned(args)
+    if args.graphs:
+        vlm = Graphs(vlm)
     choose, by = chooser(vlm, scorer, settings, budget, args.threshold, args.choose)
     if args.questions:
         answer_questions(args, vlm, rows, choose, by, scorer)

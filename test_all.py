@@ -42,8 +42,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
-                          LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil)
+                          LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil, StaticCache)
 
 import bench
 import infer
@@ -55,6 +56,7 @@ from common import run as running
 from data import pictures, questions
 from common.budget import Budget, count_above, hardness_of, quantiles, threshold
 from common.files import InputError
+from common.graphs import Graphed, Graphs
 from data.pictures import read_image
 from common.processes import Processes
 from data.shapes import prepare as shapes
@@ -2197,19 +2199,222 @@ def test_a_script_in_a_folder_says_how_to_start_it(name):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"python -m {name}" in result.stderr
 
 
-def test_bench_times_every_stage_row_and_choice(tmp_path, capsys, monkeypatch):
-    run(bench.main, "speed", "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2,
-        "--words", 3, "--choose", "top", "--json", tmp_path / "speed.json")
-    made = json.loads((tmp_path / "speed.json").read_text())["speed"]
-    rows = [f"{row}, batch {B}" for B in (1, 2) for row in ("all 144", "keep 36")]
-    assert list(made["rows"]) == rows
-    for row in made["rows"].values():
-        assert all(row[stage]["median"] > 0 for stage in ("encode", "project", "prefill", "first", "decode", "answer"))
-    one, few, two, _ = made["rows"].values()
-    assert few["cache_bytes"] / one["cache_bytes"] == pytest.approx((36 + 95) / (144 + 95))
-    assert two["tflops"] == pytest.approx(2 * one["tflops"], rel=1e-4) and "ms to choose" in capsys.readouterr().out
+def test_stages_answers_and_ratios_of_bench_by_hand(monkeypatch):
+    """A model whose parts take known times by a clock that only they move."""
+    def takes(ms, result):
+        def part(*args, **inputs):
+            now[0] += (ms(inputs) if callable(ms) else ms) / 1000
+            return result
+        return part
+
+    class Out(dict):
+        logits = torch.zeros(1, 1, 5)
+
+    def lines(L, choosing):
+        sequence = {name: torch.zeros(1, L, dtype=torch.long)
+                    for name in ("inputs_embeds", "attention_mask", "position_ids")}
+        reading = {1: 10, 200: 100, 80: 40}  # ms by how many tokens are read at once
+        model = takes(lambda inputs: reading[(inputs.get("input_ids", sequence["inputs_embeds"])).shape[1]],
+                      Out({infer.CACHE: None}))
+        fake = SimpleNamespace(encode=takes(20, None), embed=takes(1, sequence), model=model)
+        return functools.partial(bench.answer_once, fake, takes(choosing, None), {}, [1, 8, 32])
+
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = bench.in_turn({"all": lines(200, 0), "few": lines(80, 3)}, 3, "cpu")
+    of_all, few = ({stage: time["median"] for stage, time in found[name].items()} for name in ("all", "few"))
+    assert of_all == pytest.approx({"encode": 20, "choose": 0, "project": 1, "prefill": 100, "first": 121, "decode": 10,
+                                    "answer 1": 121, "answer 8": 191, "answer 32": 431})
+    assert few == pytest.approx({"encode": 20, "choose": 3, "project": 1, "prefill": 40, "first": 64, "decode": 10,
+                                 "answer 1": 64, "answer 8": 134, "answer 32": 374})
+    assert bench.compared(found["few"], found["all"]) == pytest.approx({
+        "prefill ×": 2.5, "first ×": 121 / 64, "decode ×": 1, "answer 1 ×": 121 / 64, "answer 8 ×": 191 / 134,
+        "answer 32 ×": 431 / 374, "choose / prefill": 0.075})
+
+
+def test_the_training_step_of_bench_is_that_of_train_and_its_share_by_hand(vlm):
+    marks = dict(zip(("start", "encoder", "scorer", "soft top-K", "gate", "denoiser", "LLM", "our backward"),
+                     (0, 20, 24, 25, 26, 28, 108, 112)))
+    clock = SimpleNamespace(mark=lambda name: passed.append(name), read=lambda: marks)
+    passed, scorer, denoiser = ["start"], Scorer(128), Denoiser(128)
+    inputs = vlm.inputs(SCENES, QUESTIONS, CAPTIONS)
+    mean, L = whitening(vlm.encode(inputs))
+    torch.manual_seed(1)
+    times = bench.train_once(vlm, scorer, denoiser, mean, L, inputs, 16, clock)
+    ours = [p.grad.clone() for p in (*scorer.parameters(), *denoiser.parameters())]
+    scorer.zero_grad(), denoiser.zero_grad(), torch.manual_seed(1)
+    loss, _ = train.forward(vlm, scorer, denoiser, (mean, L), inputs, torch.randn(3, 144, 128), Budget(16), 0.5)
+    loss.backward()
+    close(ours, [p.grad for p in (*scorer.parameters(), *denoiser.parameters())], atol=1e-7)
+    assert passed == list(marks) and times["our share"] == pytest.approx(12 / 100)
+
+
+def test_bench_has_a_row_for_each_way_batch_and_count(tmp_path, capsys):
+    run(bench.main, "--model", TINY, "--device", "cpu", "--repeats", 1, "--keep", 36, "--batch", 1, 2, "--graphs",
+        "--words", 3, "--training", 2, "--json", tmp_path / "speed.json")
+    rows = json.loads((tmp_path / "speed.json").read_text())["speed"]["rows"]
+    answers = list(itertools.product((1, 2), (144, 36), ("eager", "graphs")))
+    assert [(row["batch"], row["tokens"], row["way"]) for row in rows[:8]] == answers
+    for row in rows[:8]:
+        assert all(row[stage]["median"] > 0 for stage in ("encode", "prefill", "first", "decode", "answer 3"))
+    assert rows[4]["TFLOPs"] == pytest.approx(2 * rows[0]["TFLOPs"], rel=1e-4)
     named = {*"random norm diversity DPP coverage uniform pooling CLS".split(), "scorer, top", "scorer, distinct"}
-    assert [set(ways) for ways in made["choosing"].values()] == [named, named]
+    assert [row["way"] for row in rows[8:]] == ["choosing", "choosing", "training"]
+    assert all(named < row.keys() for row in rows[8:10]) and rows[10]["our share"]["median"] > 0
+    assert "choosing alone" in capsys.readouterr().out
+
+
+def test_launches_are_counted_where_there_is_no_gpu(capsys):
+    with Calls() as every, bench.Calls() as calls:
+        x = torch.ones(3).view(3, 1).expand(3, 4)  # ones is a call, the views are none
+        (x + x).t()
+    assert calls.calls == 2 and every.count == 5
+    run(bench.main, "--count", "--keep", "11.1%", "--words", 2)
+    eager, graphs = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines() if line.startswith("64 ")]
+    assert int(eager[6]) > 1000 > 10 > int(graphs[6]), "prefill"
+    assert int(eager[8]) > 1000 > 10 > int(graphs[8]), "one further token"
+
+
+# --- CUDA graphs, emulated: calls of torch in place of kernels --------------------------------------------------------
+
+class Tape(TorchDispatchMode):
+    """As a CUDA graph: calls of torch, to be repeated on the same memory, and without the Python between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+class Taped(Graphed):
+    device = "cpu"
+
+    def record(self, static):
+        for _ in range(2):
+            self.fn(*static)
+        with Tape() as tape:
+            results = self.fn(*static)
+        return tape.replay, results
+
+
+def endless(vlm, monkeypatch):
+    """Answers go on, since short ones would hide a wrong cache: no token ends them."""
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", VOCAB + 99)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_answers_by_graphs_are_those_without(batch, vlm, tmp_path, monkeypatch):
+    scorer, settings = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    fast, rows = Graphs(vlm, 256, Taped), questions.read_questions(drawn(tmp_path))[:4]
+    choose, plain = (pruner.chooser(model, scorer, settings, Budget(16))[0] for model in (fast, vlm))
+    for start in range(0, 4, batch):
+        part = rows[start:start + batch]
+        inputs = vlm.inputs([read_image(row["image"]) for row in part], [row["text"] for row in part])
+        X = fast.encode(inputs)
+        keep = choose(X, inputs)
+        assert X.equal(vlm.encode(inputs)) and keep.equal(plain(X, inputs))
+        for kept in (None, keep):
+            assert fast.generate(inputs, X, kept) == vlm.generate(inputs, X, kept)
+            with monkeypatch.context() as patch:
+                endless(vlm, patch)
+                assert fast.answer(inputs, X, kept, 24) == vlm.generate(inputs, X, kept, 24)
+    assert fast.on and fast.compared and len(fast.go_on.recorded) == 1 and len(fast.begin.recorded) <= 4
+
+
+def test_answers_by_graphs_are_those_without_in_every_class(backbone, monkeypatch):
+    vlm = backbone[0]
+    endless(vlm, monkeypatch)
+    fast = Graphs(vlm, 256, Taped)
+    for scene, text in zip(SCENES, QUESTIONS):
+        inputs = vlm.inputs([scene], [text])
+        X = fast.encode(inputs)
+        for keep in (None, some(X, inputs)):
+            assert fast.generate(inputs, X, keep, 24) == vlm.generate(inputs, X, keep, 24)
+    assert fast.on and fast.compared and len(fast.go_on.recorded) == 1
+
+
+def test_without_working_graphs_answers_are_eager_after_one_line(vlm, capsys, monkeypatch):
+    class Refused(Taped):
+        def record(self, static):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    class Stale(Taped):
+        def record(self, static):
+            return list, self.fn(*static)
+
+    endless(vlm, monkeypatch)
+    inputs = vlm.inputs(SCENES[:1], QUESTIONS[:1])
+    X = vlm.encode(inputs)
+    for kind, why in ((Refused, "operation not permitted when"), (Stale, "the first answer")):
+        fast = Graphs(vlm, 256, kind)
+        for most in (1, 12):
+            assert fast.generate(inputs, X, None, most) == vlm.generate(inputs, X, None, most)
+        assert fast.encode(inputs).equal(X) and not fast.on
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and why in said[0]
+    fast = Graphs(vlm, 256, Refused)  # with options, or too long for the cache, nothing is recorded
+    fast.generate(inputs, X, None, 4, min_new_tokens=1), fast.generate(inputs, X, None, 200)
+    assert fast.on
+    with torch.no_grad():
+        for graphs in (Graphs(vlm, 256, Taped), Graphs(vlm)):
+            complaint("finite", graphs.generate, inputs, X * math.nan)
+
+
+class Captured(TorchDispatchMode):
+    """Refuses, with the meta device for a GPU, what a capture refuses: waits, and numbers from the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name, tensors = function.__name__, [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
+        number = "index_put" in name and args[2].dim() == 0  # t[rows, j] = 4.0
+        waits = any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh"))
+        assert not number and not waits and {t.device.type for t in tensors} <= {"meta"}, name
+        return result
+
+
+@torch.no_grad()
+def test_what_is_recorded_neither_waits_nor_copies_from_the_cpu(monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**LLAVA))
+        scorer = Scorer(48)
+    graphs = Graphs(Llava(model, None, "meta"), 64)
+    inputs = graphs.vlm.dummy_inputs(2, 9)
+    cache = graphs.caches[2] = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("meta"))  # as the first, unrecorded calls do
+    monkeypatch.setattr(torch, "tensor", None)  # a copy from the CPU that the mode does not see
+    with Captured():
+        X = graphs.vlm.encode(inputs)
+        ranking = distinct(scorer(X), X)
+        keep = ranking.topk(5).indices
+        token, start, position = graphs._begin(X, keep, inputs["input_ids"], inputs["attention_mask"])
+        graphs._go_on(token, graphs.slots[:1], start, position + 1)
+        for choose in (criteria.max_min_diversity, criteria.coverage, criteria.dpp):
+            assert choose(X, 5).shape == (2, 5)
+        for mistake in (lambda: ranking.__setitem__((start, start), 4.0), lambda: ranking + torch.as_tensor([1.0]),
+                        lambda: ranking[ranking > 0], lambda: torch.tensor([1.0], device="meta")):
+            with pytest.raises((AssertionError, RuntimeError, TypeError)):
+                mistake()
+
+
+def test_infer_answers_the_same_with_graphs(tmp_path, capsys):
+    said = []
+    for number, more in enumerate(((), ("--graphs",))):
+        run(infer.main, PICTURE, QUESTIONS[1], *SHIPPED, *more)
+        answers = tmp_path / f"{number}.jsonl"
+        run(infer.main, "--questions", drawn(tmp_path), "--answers", answers, *SHIPPED, "--batch", 4, *more)
+        texts = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
+        said.append((capsys.readouterr().out.splitlines()[0], texts))
+    assert said[0] == said[1]
 
 
 # --- lmms-eval and vLLM, where they are installed ---------------------------------------------------------------------

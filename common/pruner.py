@@ -166,13 +166,17 @@ def by_budget(choose, budget):
 
 def by_scores(vlm, scorer, ranking, budget, T=None):
     """choose(X, inputs) by a pruner's scores: a budget, or with T all that rank above it."""
+    def rank(X, valid=None):
+        return ranking(scorer(X, valid), X)  # (B, N); a score that is no number makes it NaN
+
+    by_graph = getattr(vlm, "recorded", lambda fn: fn)(rank)  # common.graphs.Graphs has it
+
     def choose(X, inputs):
         valid = inputs.get("valid")  # (B, N), or None
-        scores = scorer(X, valid)  # (B, N)
-        if not (scores < math.inf).all():
+        d = by_graph(X) if valid is None else rank(X, valid)  # (B, N)
+        if d.isnan().any():
             raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try "
                              "--dtype float32")
-        d = ranking(scores, X)  # (B, N)
         K = budget.of(real_tokens(X, valid)) if T is None else count_above(d, T)
         return select(d, K)  # (B, K)
     return choose

@@ -6,7 +6,7 @@ RESULTS.md: template.md, and in it the tables that are made here from the JSON f
 import json
 import re
 
-from bench import PUBLISHED, STAGES
+from bench import tables
 from eval.accuracy import retention
 from eval.tables import made_by, markdown, percentile, spread
 
@@ -53,17 +53,11 @@ def accuracy(made):
 
 
 def speed(made):
-    columns, rows = [*STAGES[:-1], "first", "decode"], []
-    published = PUBLISHED if "llava-1.5-7b" in made["model"] else {}
-    for name, row in {**made["rows"], **published}.items():
-        ms = [f"{row[s]['median']:,.2f}" if isinstance(row.get(s), dict) else str(row.get(s, "–")) for s in columns]
-        ratio = [f"{row['ratio'][s]:.2f}×" if "ratio" in row else "–" for s in ("prefill", "first")]
-        rate = [f"{rate:.3g}" for rate in row.get("images_per_second", {}).values()] or ["–", "–"]
-        rows.append([name, f"{row['tflops']:.2f}", *ms, *ratio, *rate])
-    ways = [f"To choose, {name}, in ms: " + ", ".join(f"{way} {t['median']:.3f}" for way, t in at.items()) + "."
-            for name, at in made.get("choosing", {}).items()]
-    return [f"{made['model']}, {made['dtype']}, {made['text']} text tokens, {made['repeats']} passes.",
-            markdown(["tokens", "TFLOPs", *columns, "prefill", "first", "prefills/s", "answers/s"], rows), *ways]
+    """The tables of bench.py: times, launches or FLOPs."""
+    parts = [f"{made['model']}, {made['text']} text tokens: {made['unit']}."]
+    for title, columns, lines in tables(made["rows"]):
+        parts.append(markdown([title, *columns[1:]], lines))
+    return parts
 
 
 def serving(made):
@@ -72,11 +66,6 @@ def serving(made):
         median = percentile(seconds, 50)
         rows.append([K, f"{median:.2f} [{min(seconds):.2f}–{max(seconds):.2f}]", f"{whole / median:.2f}×"])
     return [markdown(["visual tokens of a picture", "16 answers, s", "faster"], rows)]
-
-
-def flops(made):
-    rows = [f"{name} {row['tflops']:.3f}" for name, row in made["rows"].items()]
-    return [f"{made['model']}, TFLOPs: {', '.join(rows)}."]
 
 
 def gpu(made):
@@ -94,7 +83,7 @@ def gpu(made):
     return said
 
 
-OTHERS = {"accuracy": accuracy, "speed": speed, "gpu": gpu, "serving": serving, "flops": flops}
+OTHERS = {"accuracy": accuracy, "speed": speed, "gpu": gpu, "serving": serving, "flops": speed, "launches": speed}
 
 
 def section(folder, name):
@@ -103,7 +92,7 @@ def section(folder, name):
     for path in sorted(folder.glob(f"{name}.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
         kind = path.stem.partition("_")[0]
-        measured = file["speed" if kind == "flops" else kind]
+        measured = file["speed" if OTHERS.get(kind) is speed else kind]
         parts += OTHERS.get(kind, study)(measured)
         parts.append(made_by(file))
     return "\n\n".join(parts) or "not measured"

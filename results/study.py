@@ -482,8 +482,7 @@ def ceiling(args):
 
 SEVEN = "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16"
 GPU = {  # the parts of the study, beside the training of a 7B
-    "speed": SEVEN + " --repeats 10 --json {to}/speed_gpu.json",
-    "compiled": SEVEN + " --keep 11.1% --words 2 --repeats 20 --compile --json {to}/speed_gpu_compiled.json",
+    "speed": SEVEN + " --keep 11.1% --training --json {to}/speed_gpu.json",
     "default": "train.py --overwrite --json --out {runs}/gpu",
     "tests": "-m pytest -q",
     "two": "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite --out {runs}/gpu-2"}
