@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import zlib
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -62,7 +63,7 @@ from common.processes import Processes
 from data.shapes import prepare as shapes
 from common.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
-from eval import accuracy, tables
+from eval import accuracy, serve, tables
 from model import VLM, Llava, load
 from results import study
 from throttler import Attention, Scorer, distinct, select, soft_top_k, standardised, vp_gate, whitening
@@ -2486,23 +2487,129 @@ def test_lmms_eval_gets_the_answers_of_infer(tmp_path, monkeypatch):
     assert all(5 < sample["token_counts"][0]["input_tokens"] - 16 < 60 for sample in samples)
 
 
-def test_vllm_gives_the_answers_of_infer_and_without_the_gaps_others(vlm, tmp_path, monkeypatch):
-    def said(model):
-        return dict(sum(infer.ask(model, rows, choose, batch=7), []))
+class Engine:
+    """What the plugin finds in vLLM's classes: the stock model's parts, here without arithmetic."""
 
-    pytest.importorskip("vllm")
-    for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
-        monkeypatch.setenv(*f"VLLM_{setting}".split("="))
-    from eval import serve
-    served, rows, name_of = serve.Served(str(TINY)), questions.read_questions(drawn(tmp_path)), serve.name_of
-    assert {name.split(".")[1] for name in served.model.state_dict()} == {"vision_tower", "multi_modal_projector"}
-    served.start(["--enforce-eager"])
-    for keep in ("all", "48", "16", "~16"):
-        choose = pruner.chooser(vlm, *pruner.load_pruner(ROOT / "data/shapes/pruner"), Budget.parse(keep))[0]
-        monkeypatch.setattr(serve, "name_of", name_of)
-        assert said(served) == said(vlm)
-        monkeypatch.setattr(serve, "name_of", lambda Z, places, N: f"{Z.sum()}")
-        assert (said(served) == said(vlm)) == (keep == "all")
+    def embed_multimodal(self, X):
+        return X
+
+    def embed_input_ids(self, input_ids, Z, is_multimodal):
+        return Z
+
+    def forward(self, input_ids, positions):
+        return positions
+
+    _parse_and_validate_image_input = embed_multimodal
+    _process_image_pixels = multi_modal_projector = staticmethod(lambda X: X)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, monkeypatch):
+    group = SimpleNamespace(broadcast=lambda places, source: places)
+    stub = SimpleNamespace(get_tp_group=lambda: group)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", stub)
+    # a prompt with two pictures: its full positions are those of transformers
+    grids, kept = ([(1, 15), (1, 8)], [[0, 7, 14], [1, 2, 5, 6, 7]]) if kind == "llava" else (
+        [(3, 5), (4, 2)], [[0, 7, 14], [1, 2, 5, 6, 7]])
+    full = [1, 1, 1, *15 * [VOCAB], 1, 1, *8 * [VOCAB], 1, 1]
+    visual = torch.tensor(full) == VOCAB
+    positions = torch.arange(len(full)).repeat(3, 1)
+    if kind != "llava":
+        with torch.device("meta"):
+            config = AutoConfig.for_model(**TINY_CONFIGS[kind])
+            stock = AutoModelForImageTextToText.from_config(config).model
+        patches = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids])
+        positions, _ = stock.get_rope_index(torch.tensor([full]), visual[None].int(), patches,
+                                            attention_mask=torch.ones(1, len(full)))
+        positions = positions[:, 0]
+    stays = ~visual
+    stays[visual] = torch.zeros(23).index_fill(0, torch.tensor(kept[0] + [15 + i for i in kept[1]]), 1).bool()
+    expected, at = positions[:, stays], visual[stays]
+    L = len(at)
+
+    model = type("Model", (serve.PrunedLlava if kind == "llava" else serve.Pruned, Engine), {})
+    model = model.__new__(model)
+    model.choose = lambda X, K: torch.tensor(next(places for places in kept if len(places) == K))
+    model.steps, model.places = torch.zeros(3, 9).long(), torch.zeros(3, 9).long()
+    X = [torch.arange(15.0)[:, None], torch.arange(100.0, 108.0)[:, None]]
+    grid = torch.tensor([[3, *grids[0]], [5, *grids[1]]])
+    Z = torch.cat(model.embed_multimodal(grid=grid, X=X))  # (8, 1 + 4)
+    assert Z[:, 0].tolist() == [0, 7, 14, 101, 102, 105, 106, 107]
+    features = [SimpleNamespace(mm_position=SimpleNamespace(offset=offset), data={"grid": SimpleNamespace(data=row)})
+                for offset, row in ((3, grid[0]), (8, grid[1]))]
+    first, ahead = model.get_mrope_input_positions([1] * L, features[::-1])
+    assert ahead == positions.max() + 1 - L  # a further token's position, less its number
+    for start in range(0, L, 4):  # steps of four tokens, as when a prompt is read in chunks
+        step = slice(start, start + 4)
+        own = [Z[at.cumsum(0)[step][at[step]] - 1]] if at[step].any() else None
+        bare = model.embed_input_ids(torch.ones(len(at[step])), own, is_multimodal=at[step])
+        assert bare is None or bare[0].shape[1] == 1
+        seen = model.forward(None, first[:, step])
+        assert seen.tolist() == (expected[0] if kind == "llava" else expected)[..., step].tolist()
+
+
+def test_rows_and_columns_survive_half_precision():
+    places, columns = torch.arange(0, 4_000_000, 997), 2500
+    for dtype in (torch.bfloat16, torch.float16):
+        rows_and_columns = serve.from_digits(serve.to_digits(places, columns).to(dtype))
+        assert rows_and_columns.tolist() == [(places // columns).tolist(), (places % columns).tolist()]
+
+
+def test_what_cannot_be_served_is_refused_and_the_rest_is_vllms(monkeypatch, tmp_path):
+    own = ROOT / "data/shapes/pruner"
+    for words, argv in {"no budget on average": (TINY, "--pruner", own, "--keep", "~16"),
+                        "144 visual tokens": (TINY, "--pruner", own, "--keep", 145),
+                        "goes without a pruner": (TINY, "--pruner", own, "--choose", "DPP"),
+                        "goes by a pruner": (TINY, "--choose", "top", "--keep", 16),
+                        "how many visual tokens": (TINY,),
+                        "together": (TINY, "--keep", 16, "--questions", "q.jsonl"),
+                        "--hf-overrides": (TINY, "--keep", 16, "--hf-overrides={}")}.items():
+        complaint(words, run, serve.main, *argv)
+    config = json.loads((TINY / "config.json").read_text())
+    wider = {**config["vision_config"], "hidden_size": 256}
+    for words, change in {"is of type llava_next": {"model_type": "llava_next"},
+                          "features 128 wide": {"vision_config": wider}}.items():
+        files.write(tmp_path / "config.json", {**config, **change})
+        complaint(words, run, serve.main, tmp_path, "--pruner", own)
+    called = []
+
+    def command():
+        entry, = [e for e in entry_points(group="vllm.general_plugins") if e.name == "diffprune"]
+        called.append((entry.load(), sys.argv, os.environ["PYTHONPATH"].split(os.pathsep)[:2]))
+
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli", SimpleNamespace(main=SimpleNamespace(main=command)))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv("PYTHONPATH", "")
+    run(serve.main, TINY, "--port", 8000, "--choose", "DPP", "--keep", "25%", "--max-model-len=512")
+    (register, argv, (_, root)), = called
+    assert register is serve.register and root == str(ROOT)
+    assert argv[:4] == ["vllm", "serve", str(TINY), "--hf-overrides"]
+    assert argv[5:] == ["--port", "8000", "--max-model-len=512"]
+    assert json.loads(argv[4]) == {"architectures": ["LlavaPruned"], "pruner": None, "choose": "DPP", "keep": "25%",
+                                   "mrope_section": [1, 1, 1]}
+
+
+def test_an_engine_is_asked_as_infer_asks_and_its_answers_keep_their_order(vlm, tmp_path, monkeypatch):
+    class Echo:
+        """Answers each prompt with itself."""
+
+        def generate(self, asked, limits, use_tqdm):
+            for prompt, limit in zip(asked, limits):
+                seen.append((prompt["prompt_token_ids"], limit.max_tokens))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=p["prompt_token_ids"])]) for p in asked]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    seen, rows, config = [], questions.read_questions(drawn(tmp_path)), vlm.model.config
+    parts = list(serve.answers(Echo(), rows, vlm.processor, config, 7, 900))
+    assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
+    for (i, answer), row, (ids, most) in zip(sum(parts, []), rows, seen, strict=True):
+        whole = vlm.inputs([SCENES[0]], [row["text"]])["input_ids"][0].tolist()
+        at = whole.index(vlm.image_id)
+        assert ids == whole[:at] + whole[at + 143:] and row["text"] in answer
+        assert rows[i] is row and most == min(900, vlm.context - len(whole))
+    for words, text in {"stands for the picture": "a <image>", "too long": "star " * 900, "surrogate": "\ud800"}.items():
+        row = {"text": text, "where": "q.jsonl: line 1"}
+        complaint(f"q.jsonl: line 1.*{words}", serve.prompt_of, row, vlm.processor, config, 9)
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
