@@ -557,7 +557,8 @@ def test_scorer_gradient_is_finite_differences_through_everything(backbone, monk
     vlm.decoder.rotary_emb.float()
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
     scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
-    torch.nn.init.normal_(denoiser.block.mlp[-1].weight, std=0.02)
+    for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):  # zero as they start, they hide the rest
+        torch.nn.init.normal_(layer.weight, std=0.02)
     graph = vlm, scorer, denoiser, [t.double() for t in whitening(X)], inputs, torch.randn_like(X)
     weights = scorer.head.weight, scorer.blocks[0].attn.qkv.weight, denoiser.block.attn.value.weight
     assert torch.autograd.gradcheck(lambda *_: train.forward(*graph, Budget(5), 0.5)[0], weights, eps=1e-5, atol=1e-8,
@@ -567,11 +568,14 @@ def test_scorer_gradient_is_finite_differences_through_everything(backbone, monk
 
 @pytest.mark.parametrize("rank", [distinct, train.the_scores])
 def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, rank):
-    """Full and deployed by the stock model, whose mask hides what is dropped; soft by the gate written out."""
+    """Full and deployed by the stock model, whose mask hides what is dropped; soft by the gate written out.
+
+    The denoiser, here a factor of 1.5, is in the soft one alone.
+    """
     vlm, inputs, X = backbone
     scores = 0.1 * torch.randn(X.shape[:2]).masked_fill(~real(inputs, X), -torch.inf)
     statistics, noise = whitening(X.float()), torch.randn(X.shape)
-    graph = vlm, lambda X, valid: scores, torch.nn.Identity(), statistics
+    graph = vlm, lambda X, valid: scores, lambda X: 1.5 * X, statistics
     batches, parts = [(inputs, noise)], train.Parts(rank=rank)
     losses = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts)
     assert train.feature_statistics(vlm, [([0], inputs)], 0)[-1] == real(inputs, X).sum(1).max()
@@ -580,7 +584,7 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, ran
     highest = ranking >= ranking.max(1, keepdim=True).values  # a quarter of 5, rounded down
     shown = real(inputs, X), kept, highest
     full, deployed, quarter = (vlm.model(**stock(vlm, inputs, tokens)).loss for tokens in shown)
-    soft = vlm.loss(inputs, vp_gate(X.float(), soft_top_k(ranking, 5, 0.7), *statistics, noise))
+    soft = vlm.loss(inputs, 1.5 * vp_gate(X.float(), soft_top_k(ranking, 5, 0.7), *statistics, noise))
     if not vlm.exact:  # no mask hides a token from a recurrent layer
         deployed, quarter = (vlm.loss(inputs, X, select(ranking, K)) for K in (5, 1))
     expected = [loss.item() for loss in (full, soft, deployed, quarter)]
@@ -590,8 +594,65 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, ran
     assert known == losses | {"full_loss": 1.5}
 
 
+def test_a_held_out_loss_is_a_mean_over_words():
+    """One word at 4 nats and three words at 8: 7 nats a word."""
+    vlm = SimpleNamespace(
+        model=SimpleNamespace(device="cpu"),
+        encode=lambda inputs: torch.randn(1, 9, 4),
+        loss=lambda inputs, X, keep=None: inputs["loss"],
+    )
+    graph = vlm, lambda X, valid: X[..., 0], torch.nn.Identity(), (torch.zeros(4), torch.eye(4))
+    one = {"labels": torch.tensor([[-100, -100, -100, 5]]), "loss": torch.tensor(4.0)}
+    three = {"labels": torch.tensor([[-100, 5, 5, 5]]), "loss": torch.tensor(8.0)}
+    batches = [(inputs, torch.randn(1, 9, 4)) for inputs in (one, three)]
+    losses = train.held_out_losses(graph, batches, Budget(2), 0.5, Processes("cpu"))
+    assert set(losses.values()) == {7.0} and len(losses) == 3
+
+
+def test_feature_statistics_are_of_tokens_drawn_from_all_of_each_picture(monkeypatch):
+    """Pictures of 100, 100 and 40 tokens, each of which holds its own number; padding holds -1."""
+    counts = torch.tensor([[100], [100], [40]])
+    numbers = torch.arange(100.0)
+    visual = numbers < counts  # (3, 100)
+    X = numbers.where(visual, -1).unsqueeze(-1)  # (3, 100, 1)
+    vlm = SimpleNamespace(encode=lambda inputs: X, visual=lambda inputs: visual)
+    monkeypatch.setattr(train, "whitening", lambda tokens: (tokens.view(3, 32).tolist(), "L"))
+    drawn, L, most = train.feature_statistics(vlm, [([0, 1, 2], None)], seed=0)
+    assert L == "L" and most == 100
+    assert all(len(set(tokens)) == 32 and min(tokens) >= 0 for tokens in drawn)
+    assert max(drawn[0]) > 64 and drawn[0] != drawn[1]
+    assert drawn != train.feature_statistics(vlm, [([0, 1, 2], None)], seed=1)[0]
+
+
+def test_the_seed_decides_first_weights_and_noise_which_is_another_for_each_sample(vlm):
+    """Whatever was drawn before, and whatever else is in the batch."""
+    def first(seed):
+        torch.randn(1)
+        return train.what_learns(vlm, SimpleNamespace(seed=seed, lr=None), train.Parts(), "cpu")
+
+    modules, optimizer, _ = first(3)
+    same, other = first(3)[0], first(4)[0]
+    for name in ("scorer.head.weight", "denoiser.block.attn.value.weight"):
+        weight = modules.state_dict()[name]
+        assert weight.equal(same.state_dict()[name]) and not weight.equal(other.state_dict()[name])
+    parameters = {*modules["scorer"].parameters(), *modules["denoiser"].parameters()}
+    assert parameters == set(optimizer.param_groups[0]["params"])
+    inputs = vlm.inputs(SCENES, QUESTIONS)
+    noise = train.noise_for(vlm, inputs, [0, 7, 4000], 3)  # (3, 144, 128)
+    assert noise[1].equal(train.noise_for(vlm, inputs, [7, 8, 9], 3)[0])
+    assert not noise.isclose(train.noise_for(vlm, inputs, [0, 7, 4000], 4)).all(-1).any()
+    close(covariance(noise.flatten(1).T), torch.eye(3), atol=0.05)
+
+
 def test_the_training_is_the_papers_but_for_the_ranking():
     parts = train.Parts()
+    assert isinstance(parts.denoiser(16).block.attn, DiagonalAttention)
+    args = train.parse_arguments(["--data", "coco.json"])
+    assert (args.steps, args.batch, args.keep.of(576)) == (4000, 32, 64)
+    with torch.device("meta"):
+        rate = train.what_learns(SimpleNamespace(width=1024), args, parts, "meta")[-1]
+    assert rate == pytest.approx(2e-4, rel=0.05)
+    assert throttler.C == 4, "as the shipped pruner and all results"
     assert parts.rank is distinct, "ours; the papers' is --choose top"
     assert parts.top_k is soft_top_k and parts.gate is vp_gate and parts.denoiser is Denoiser
     falling = [0.1 + 1.9 * (1 + math.cos(math.pi * 2 * t)) / 2 for t in (0, 0.125, 0.25, 0.375)]
@@ -680,19 +741,24 @@ def test_killed_and_stopped_five_times_it_ends_as_if_it_had_not_been(tmp_path, t
 
 
 def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
-    """Two processes, also with a sharded LLM, and four parts: the gradients (Adam's moments) of the whole batch."""
+    """Two processes, also with a sharded LLM, and parts of 3 and 1: the gradients (Adam's moments) of the whole batch.
+
+    The LLM's words are faint, so that no gradient is long enough to be clipped, which would hide a factor.
+    """
+    faint = changed(tmp_path, "model.safetensors", {"language_model.lm_head.weight": 0.02})
     def moments(name):
         tensors = load_file(tmp_path / name / "checkpoint.safetensors")
         return torch.cat([tensors[k].flatten() for k in sorted(tensors) if k.endswith("exp_avg")])
-    short = "--steps", 2, "--eval-every", 1, "--out"
+    short = "--model", faint, "--steps", 2, "--eval-every", 1, "--out"
     for name, *more in (["two"], ["sharded", "--shard"]):
         argv = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
         argv += [ROOT / "train.py", *tiny.args[1:], *short, tmp_path / name, *more]
         done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
         assert done.returncode == 0 and "Traceback" not in done.stderr and done.stderr.count("keep 20") == 1
     tiny(*short, tmp_path / "one")
-    tiny(*short, tmp_path / "four", "--at-once", 1)
-    for other in ("two", "sharded", "four"):
+    tiny(*short, tmp_path / "parts", "--at-once", 3)
+    assert 0 < moments("one").norm() < 0.1
+    for other in ("two", "sharded", "parts"):
         assert (moments("one") - moments(other)).abs().max() < 1e-4 * moments("one").abs().max(), other
         for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / other)):
             assert a == pytest.approx(b, rel=2e-4)
@@ -708,6 +774,28 @@ def test_a_shard_is_half_of_every_layer():
     assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
 
 
+def test_a_checkpoint_brings_back_all_of_a_run(tmp_path):
+    def start(resume):
+        modules = torch.nn.ModuleDict({"scorer": torch.nn.Linear(2, 2)})
+        run = running.Run(tmp_path, {"batch": 4}, Processes("cpu"), resume)
+        run.hold(modules, torch.optim.AdamW(modules.parameters()), {"mean": torch.randn(2)})
+        return run
+
+    run = start(resume=False)
+    run.modules["scorer"](torch.ones(2)).sum().backward()
+    run.optimizer.step()
+    run.log({"step": 2, "tau": 0.1, "deployed_loss": 1.0})
+    run.skipped.add("broken.jpg")
+    run.before = 100.0
+    run.save(3)
+    run.lock.close()
+    again = start(resume=True)
+    assert again.step == 3 and again.skipped == {"broken.jpg"} and 100 < again.seconds() < 200
+    assert again.curve == run.curve and again.statistics["mean"].equal(run.statistics["mean"])
+    close(again.modules.state_dict(), run.modules.state_dict(), atol=0)
+    close(again.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"], atol=0)
+
+
 def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
     """Not to another run, other settings or weights, a full disk, or a loss that is no number."""
     def full_disk():
@@ -719,7 +807,10 @@ def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
     tiny("--steps", 1)
     state = {f.name: f.read_bytes() for f in out.iterdir()}
     complaint("--overwrite", tiny)
-    for other in ("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"), ("--watch", PICTURE):
+    copy = shutil.copy(tmp_path / "coco.json", tmp_path / "copy.json")
+    for other in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"),
+                  ("--watch", PICTURE), ("--steps", 2), ("--dtype", "bfloat16"), ("--data", copy),
+                  ("--images", f"{PICTURES}/."), ("--model", "another")):
         complaint(f"^{other[0]}", tiny, "--steps", 1, "--resume", *other)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -801,17 +892,80 @@ def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch
     assert tokens == [5 * 32], "32 tokens of each training image"
 
 
+def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
+        tmp_path, tiny, vlm, monkeypatch):
+    """Four steps of four samples, from five pictures; the sixth is held out. The denoiser learns."""
+    pairs = coco_files.read_coco(captions_file(tmp_path), PICTURES)
+    training, held_out = coco_files.split(pairs, 3)
+    data = coco_files.Captions(training, 3)
+    forward, learned_from, looked_at, noises, results = train.forward, [], [], [], []
+
+    def light(inputs):
+        return inputs["pixel_values"].sum((1, 2, 3)).tolist()
+
+    def spy(*graph):
+        frozen, _, _, _, inputs, noise, *_ = graph
+        loss, alpha = forward(*graph)
+        if torch.is_grad_enabled():
+            learned_from.extend(light(inputs))
+            noises.extend(noise[:, 0, 0].tolist())
+            hardness = alpha.topk(20).values.mean()
+            results.append((loss.item(), hardness.item()))
+        else:
+            looked_at.extend(light(inputs))
+        assert not any(p.requires_grad for p in frozen.model.parameters())
+        return loss, alpha
+
+    monkeypatch.setattr(train, "forward", spy)
+    tiny("--seed", 3, "--steps", 4, "--eval-every", 1)
+    pictures = [data[g][1] for g in range(16)]
+    assert learned_from == pytest.approx(light(vlm.inputs(pictures, ["?"] * 16)), rel=1e-4)
+    unseen = light(vlm.inputs([read_image(held_out[0][0])], ["?"]))
+    assert looked_at == pytest.approx(4 * unseen, rel=1e-4)
+    assert len(set(noises)) == 16
+    log = log_of(tmp_path / "out")
+    logged = [(row["loss"], row["hardness"]) for row in log]
+    assert torch.tensor(logged).allclose(torch.tensor(results), atol=1e-3)
+    assert len({row["full_loss"] for row in log}) == 1
+    first, *_ = train.what_learns(vlm, SimpleNamespace(seed=3, lr=None), train.Parts(), "cpu")
+    last = load_file(tmp_path / "out/checkpoint.safetensors")
+    for name, weight in first.state_dict().items():
+        assert not weight.equal(last[name]), name
+
+
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
+    """And the thresholds and the closing table are its own."""
     losses, at = iter([0.1, 5.0, 4.0, 3.0, 2.0, 3.5]), []
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
                         {"full_loss": 1.0, "deployed_loss": next(losses), "quarter_loss": 1.0})
     monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
-    tiny("--steps", 10)
+    closing = []
+
+    def thresholds(vlm, scorer, choose, batches):
+        closing.append(scorer.head.weight.clone())
+        pixels, = [inputs["pixel_values"] for inputs in batches]
+        return {"choose": choose, "light": pixels.sum().item()}
+
+    def table(vlm, scorer, *_):
+        closing.append(scorer.head.weight.clone())
+        return {"all 144": {"a": 0.8}, "scorer 20": {"a": 0.4}}
+
+    monkeypatch.setattr(train, "thresholds", thresholds)
+    monkeypatch.setattr(train, "accuracy_table", table)
+    files.write(tmp_path / "q.jsonl", [question(label="red")])
+    tiny("--steps", 10, "--choose", "top", "--questions", tmp_path / "q.jsonl", "--json")
     log = log_of(tmp_path / "out")
-    assert "warning: hardness 0.79 at the end" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "warning: hardness 0.79 at the end" in err
+    result = json.loads(out.splitlines()[-1])
+    assert result["retention"] == 50 and result["thresholds"]["choose"] == "top"
+    _, ((held_out, _),) = coco_files.split(coco_files.read_coco(tmp_path / "coco.json", PICTURES), 0)
+    light = load(TINY).inputs([read_image(held_out)], ["?"])["pixel_values"].sum().item()
+    assert result["thresholds"]["light"] == pytest.approx(light, rel=1e-4)
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-3]["tau"] == log[-1]["tau"] == 0.1
     scorer, settings = pruner.load_pruner(tmp_path / "out")
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
+    assert len(closing) == 2 and all(weight.equal(at[4]) for weight in closing)
 
 
 def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, tiny, capsys, monkeypatch):
@@ -1005,6 +1159,17 @@ def test_the_memory_plan_is_what_autograd_keeps(vlm):
     used = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
     planned = vlm.memory(learned=1000, B=3)["activations"]
     assert loss.requires_grad and 0.6 * planned < used < 1.2 * planned
+    optimizer = torch.optim.AdamW(denoiser.parameters())
+    for p in denoiser.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moments = [m[name] for m in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    learned = [*denoiser.parameters(), *(p.grad for p in denoiser.parameters()), *moments]
+    plan = vlm.memory(sum(p.numel() for p in denoiser.parameters()), B=1)
+    assert plan["learned"] == sum(t.nbytes for t in learned)
+    assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters())
+    free = (16 * 1000 + 3.5 * plan["activations"]) / 0.9  # a tenth is the reserve
+    assert [vlm.images_that_fit(1000, share * free) for share in (1, 0.5, 0.1)] == [3, 1, 0]
 
 
 # --- other classes: tiny random models without a processor ------------------------------------------------------------
@@ -1740,7 +1905,7 @@ def test_links_are_followed_and_held_out_images_are_drawn_at_random(tmp_path):
     assert read == {link: [f"Caption{i * ' red'}."] for i, link in enumerate(links)}
     pairs = {f"{i}.jpg": [f"{i}"] for i in range(100)}
     (training, held_out), other = coco_files.split(pairs, 0), coco_files.split(pairs, 1)[1]
-    assert len(held_out) == 5 and dict(training + held_out) == pairs and held_out not in (training[-5:], other)
+    assert len(held_out) == 5 and len(training) == 95 and dict(training + held_out) == pairs and held_out not in (training[-5:], other)
 
 
 @pytest.mark.parametrize("field, changes, words", [
@@ -1859,6 +2024,16 @@ def test_a_threshold_keeps_what_lies_above_it_and_a_budget_on_average_goes_by_a_
     for settings, text, N, words in ((short, "~7", 144, "5.00% to 50.00%"), (short, "~73", 144, "stay within"),
                                      (whole, "~16", 576, "144 visual tokens.*576"), (whole, "~16", None, "a varying number"), ({}, "~16", 144, "no thresholds")):
         complaint(words, pruner.threshold_of, Budget.parse(text), settings, N)
+
+
+def test_a_trained_table_of_thresholds_holds_on_its_own_pictures(backbone):
+    vlm, inputs, X = backbone
+    scorer, tokens = Scorer(vlm.width), real(inputs, X).sum().item()
+    for choose in pruner.RANKINGS:
+        table = pruner.thresholds(vlm, scorer, choose, [inputs, inputs])
+        settings = {"choose": choose, "keep": "~30%", "thresholds": table, "tokens": vlm.tokens}
+        keep = pruner.chooser(vlm, scorer, settings)[0](X.float(), inputs)
+        assert table["images"] == 6 and abs((keep >= 0).sum() - 0.3 * tokens) <= 2
 
 
 def test_the_chooser_keeps_what_it_says(vlm, features):

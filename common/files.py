@@ -175,35 +175,6 @@ def write(path, content, note=None):
             temporary.unlink()
 
 
-def obstacle(path):
-    """Why no file can be written at `path`, or None."""
-    place = os.path.realpath(path)
-    folder, name = os.path.split(place)
-    if not os.path.isdir(folder):
-        return f"there is no folder {folder}"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return f"no file may be made in {folder}"
-    if len(os.fsencode(name)) > 255:
-        return "its name is too long"
-    if os.path.exists(place) and not os.path.isfile(place):
-        return "it is no ordinary file"
-    if os.path.exists(place) and not os.access(place, os.W_OK):
-        return "it is write-protected"
-    return None
-
-
-def check_place(flag, path, source, endings):
-    """InputError, before any work, unless `path` can be written and is not the file that is read."""
-    if Path(path).suffix not in endings:
-        raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
-    reason = obstacle(path)
-    if reason:
-        raise InputError(f"{flag} {path}: cannot be written ({reason}); give another place")
-    with suppress(OSError):  # where one of them is not there
-        if os.path.samefile(path, source):  # a link to it, too
-            raise InputError(f"{flag} {path}: is the file that is read; give another name")
-
-
 def rounded(value):
     """The same value with every float in it at five digits, for JSON that is read by people too;
     None for NaN."""

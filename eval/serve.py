@@ -33,7 +33,7 @@ from common import criteria
 from common.budget import Budget
 from common.files import ROOT, InputError, cli, portable, short
 from common.pruner import RANKINGS, fingerprint, load_pruner
-from common.weights import PROCESSORS, find, one_line
+from common.weights import find, one_line, read_processor
 from data.pictures import read_image
 from data.questions import answer_file, read_questions, score
 from infer import add_question_arguments
@@ -456,7 +456,7 @@ def answer_questions(args, model, config, settings, flags):
     import vllm
     rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
     with one_line(args.model, "reading its processor"):
-        processor = PROCESSORS[config.model_type](model, trust_remote_code=False)
+        processor = read_processor(model, config.model_type)
     llm = start(model, settings, flags)
     pruner = settings["pruner"] and fingerprint(load_pruner(settings["pruner"])[0])
     made = {"model": portable(args.model), "pruner": pruner, "choose": settings["choose"],
