@@ -27,8 +27,7 @@ class Processes:
             local = int(os.environ.get("LOCAL_RANK") or 0)
         except ValueError:
             self.rank, self.world = 0, 0
-        alone = self.world > 1 and "MASTER_ADDR" not in os.environ
-        if alone or not 0 <= self.rank < self.world:
+        if not 0 <= self.rank < self.world or self.world > 1 and "MASTER_ADDR" not in os.environ:
             raise InputError("RANK and WORLD_SIZE in the environment name no group of processes; "
                              "start with torchrun, or unset them")
         self.first, self.device = self.rank == 0, device

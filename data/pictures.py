@@ -76,8 +76,8 @@ def decode(content):
             fraction = 1
             while width * height > fraction ** 2 * PIXELS:
                 fraction *= 2
-            if fraction > 1:  # a JPEG is decoded at a half, a quarter, an eighth
-                image.draft(image.mode, (width // fraction, height // fraction))
+            # a JPEG can be decoded at a half, a quarter, an eighth; nothing else can
+            image.draft(image.mode, (width // fraction, height // fraction))
             if image.width * image.height > PIXELS:
                 raise InputError(f"{width} x {height} pixels", "make it smaller than 89 megapixels")
             return upright(image)
