@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
 from common.architectures import random_model
-from common.files import ROOT, InputError, short
+from common.files import ROOT, InputError, out_of_memory, short
 
 UNUSED = ("inv_freq", "position_ids", "vision_model.head.")  # in some weight files; no model needs them
 CURE = ("; give a folder with all files of one model in transformers' format, or a hub name with the "
@@ -43,11 +43,11 @@ def one_line(name, step, cure=CURE):
         raise
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
-    except torch.OutOfMemoryError:
-        raise InputError(f"{name}: does not fit into the device's memory; try --dtype bfloat16") from None
     except ImportError as e:  # it says which package to install
         raise InputError(f"{name}: {step} fails ({short(e)})") from None
     except BaseException as e:  # of any type; a panic in tokenizers is not even an Exception
+        if out_of_memory(e):
+            cure = "; it does not fit into the device's memory: try --dtype bfloat16"
         raise InputError(f"{name}: {step} fails ({short(e)}){cure}") from None
 
 
