@@ -66,7 +66,6 @@ from common.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
 from model import VLM, Llava, load
-from results import study
 from throttler import Attention, Scorer, distinct, select, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
@@ -539,13 +538,10 @@ def test_the_ranking_takes_as_many_torch_calls_for_any_k():
     assert len(counts) == 1 and counts.pop() < 60
 
 
-def test_hardness_is_the_mean_of_the_largest_weights_and_coherence_the_mean_cosine_between_gradients():
+def test_hardness_is_the_mean_of_the_largest_weights():
     alpha = torch.tensor([[0.9, 0.1, 0.6, 0.4], [1.0, 0.0, 1.0, 0.0]])
     assert hardness_of(alpha, 2).tolist() == pytest.approx([0.75, 1.0])
     assert hardness_of(alpha, torch.tensor([1, 4])).tolist() == pytest.approx([0.9, 0.5])
-    a, b = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
-    assert study.coherence([a, b]) == pytest.approx(0.5 ** 0.5)
-    assert study.coherence([a, b, 5 * a]) == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3)
 
 
 # --- the training graph, the scenes -----------------------------------------------------------------------------------

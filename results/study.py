@@ -7,7 +7,6 @@ Studies on the embedded default. Each writes results/NAME.json and prints what i
     python -m results.study objects      # what the kept tokens lie on (a minute)
     python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
     python -m results.study ceiling      # how far choosing goes, and where it falls short (half an hour)
-    python -m results.study probes       # the papers' claims about gradients and noise (minutes)
     python -m results.study gpu          # all that needs a GPU
     python -m results.study report       # RESULTS.md, from all JSON files that are there
 
@@ -35,17 +34,16 @@ from tqdm import tqdm
 from common.budget import Budget
 from common.files import ROOT, InputError, cli, portable, write
 from common.pruner import chooser, fingerprint, load_pruner
-from data.coco import read_coco
 from data.pictures import read_image
 from data.questions import read_questions
 from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
 from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
-from eval.accuracy import accuracies, by_budget, free_choices, retention, right_or_wrong
+from eval.accuracy import accuracies, free_choices, retention, right_or_wrong
 from eval.tables import budgets, check, mean, save
 from model import add_device_arguments, load
 from results.report import report, section
-from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
+from throttler import Scorer, distinct, select, soft_top_k, whitening
 from train import PROMPT, Parts, forward, parse_arguments, temperature, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
@@ -356,89 +354,6 @@ def descend(graph, batches, K, parameters, lr, steps, end=1.0, parts=Parts()):
     return losses
 
 
-def coherence(gradients):
-    """Mean cosine between different ones of these vectors."""
-    g = F.normalize(torch.stack(list(gradients)), dim=1)  # (n, weights)
-    n = len(g)
-    return (((g @ g.T).sum() - n) / (n * (n - 1))).item()
-
-
-def roughness(graph, inputs, weights, seed, parts):
-    """Mean change of the loss over twenty steps of 1 % along a random direction, noise fixed."""
-    direction = [torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in weights]
-    losses = []
-    with torch.no_grad():
-        for _ in range(21):
-            torch.manual_seed(seed)
-            losses.append(loss_of(graph, inputs, 16, temperature(0.25), parts).item())
-            for w, d in zip(weights, direction):
-                w += 0.01 * d
-    return mean(abs(a - b) for a, b in zip(losses, losses[1:]))
-
-
-def probes(args):
-    """The papers' measured claims, for the noise gate and for Gumbel with straight-through."""
-    vlm, folder, batches = load(TINY, args.device), prepare(), []
-    pairs = list(read_coco(folder / "train.json").items())
-    for i in range(32):
-        paths, captions = zip(*pairs[24 * i:24 * i + 24])
-        pictures = [read_image(path) for path in paths]
-        batches.append(vlm.inputs(pictures, [PROMPT] * 24, [texts[0] for texts in captions]))
-    statistics = whitening(torch.cat([vlm.encode(inputs).float() for inputs in batches[:8]]))
-    table = {name: {} for name in ("coherence at the start", "coherence midway", "roughness")}
-    for name, variant in (("noise gate", "ours"), ("Gumbel, straight-through", "Gumbel")):
-        parts, runs = VARIANTS[variant][1], []
-        for seed in range(args.seeds):
-            torch.manual_seed(seed)
-            scorer, denoiser = Scorer(vlm.width).to(args.device), Denoiser(vlm.width).to(args.device)
-            graph = vlm, scorer, denoiser, statistics
-            weights = list(scorer.parameters())
-
-            def gradients(tau):
-                for inputs in batches[:8]:
-                    loss = loss_of(graph, inputs, 16, tau, parts)
-                    gradient = torch.autograd.grad(loss, weights)
-                    yield torch.cat([t.flatten() for t in gradient])
-
-            start = coherence(gradients(temperature(0)))
-            learned = [*weights, *denoiser.parameters()]
-            descend(graph, batches[8:], 16, learned, 2e-3, args.steps or 60, 0.25, parts)
-            midway = coherence(gradients(temperature(0.25)))
-            runs.append((start, midway, roughness(graph, batches[0], weights, seed, parts)))
-        for row, values in zip(table, zip(*runs)):
-            table[row][name] = list(values)
-    coherent, rough = (mean(table[row]["noise gate"]) / mean(table[row]["Gumbel, straight-through"])
-                       for row in ("coherence midway", "roughness"))
-    random_scores, gap = gated_and_kept(vlm, statistics)
-    return {"tables": {"gradients of the scorer": table,
-                       "random scores: accuracy, %": random_scores},
-            "digits": {"gradients of the scorer": 6},
-            "notes": [f"Coherence midway is {coherent:.2f} times Gumbel's: {supports(coherent > 1)}.",
-                      f"Roughness is {rough:.2f} times Gumbel's: {supports(rough < 1)}.",
-                      f"Gated and kept differ by up to {gap:.1f} points: {supports(gap <= 3)}."]}
-
-
-def gated_and_kept(vlm, statistics):
-    """With random scores: all tokens gated to a mean weight of K/N, against K tokens kept."""
-    def gated(X, inputs, K):
-        scores = torch.randn(X.shape[:2], device=X.device)
-        return vp_gate(X, soft_top_k(scores, K), *statistics), None
-
-    rows, ways = embedded("test"), {}
-    shares = (1.0, 0.75, 0.5, 0.33, 0.22, 0.11, 0.06)
-    for share in shares:
-        budget = Budget(share=share)
-        ways[f"gated {share}"] = [by_budget(gated, budget)]
-        ways[f"kept {share}"] = free_choices(vlm, budget, 1)[f"random {budget}"]
-    answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
-    table, gaps = {}, []
-    for share in shares:
-        gated_all, kept = (100 * mean(answered[f"{way} {share}"].values()) for way in ("gated", "kept"))
-        table[f"{share:.0%}"] = {"gated": gated_all, "kept": kept}
-        gaps.append(abs(gated_all - kept))
-    return table, max(gaps)
-
-
 def ceiling(args):
     """16 tokens of each of 50 test images: how far choosing goes, and where the scorer falls short.
 
@@ -480,41 +395,56 @@ def ceiling(args):
     return {"tables": {"accuracy by kind, %, and retention": by_kind(answered, answered["all"])}}
 
 
-SEVEN = "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16"
 GPU = {  # the parts of the study, beside the training of a 7B
-    "speed": SEVEN + " --keep 11.1% --training --json {to}/speed_gpu.json",
+    "speed": "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --keep 11.1% "
+             "--training --json {to}/speed_gpu.json",
     "default": "train.py --overwrite --json --out {runs}/gpu",
     "tests": "-m pytest -q",
-    "two": "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite --out {runs}/gpu-2"}
+    "two": "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite "
+           "--out {runs}/gpu-2",
+}
 
 
 def train_7b():
     """Twenty steps of a random 7B: the memory that was planned, and what was used."""
     vlm, B = load("random:llava-1.5-7b", "cuda", torch.bfloat16), 4
     inputs = vlm.dummy_inputs(B, 40)
-    inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (vlm.tokens + 20, 0), value=-100)  # captions of 20 tokens
+    captions = inputs["input_ids"][:, -20:]
+    inputs["labels"] = F.pad(captions, (vlm.tokens + 20, 0), value=-100)
     statistics = torch.zeros(vlm.width, device="cuda"), torch.eye(vlm.width, device="cuda")
-    graph = vlm, Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda(), statistics
-    learned = [*graph[1].parameters(), *graph[2].parameters()]
+    scorer, denoiser = Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda()
+    learned = [*scorer.parameters(), *denoiser.parameters()]
     start = time.time()
-    losses = descend(graph, [inputs], 64, learned, 2e-4, 20)
+    losses = descend((vlm, scorer, denoiser, statistics), [inputs], 64, learned, 2e-4, 20)
     planned = vlm.memory(sum(p.numel() for p in learned), B)
-    return {"images at once": B, "planned GB": {k: v / 1e9 for k, v in planned.items()}, "losses": losses,
-            "used GB": torch.cuda.max_memory_allocated() / 1e9, "seconds a step": (time.time() - start) / 20}
+    return {
+        "images at once": B,
+        "planned GB": {part: size / 1e9 for part, size in planned.items()},
+        "used GB": torch.cuda.max_memory_allocated() / 1e9,
+        "seconds a step": (time.time() - start) / 20,
+        "losses": losses,
+    }
 
 
 def gpu(args):
-    """What needs a GPU, or only the parts that --variants names: a part that was not run keeps its last numbers."""
+    """What needs a GPU, or only the parts that --variants names.
+
+    A part that is not run keeps its last numbers.
+    """
     if not torch.cuda.is_available():
         raise InputError("gpu: torch sees no GPU on this machine; run it where there is one")
-    result = json.loads(args.json.read_text())["gpu"] if args.json.exists() else {}
+    result = {}
+    if args.json.exists():
+        result = json.loads(args.json.read_text())["gpu"]
     for name in args.variants or ["training", *GPU]:
         if name == "training":
             result[name] = train_7b()
         elif name != "two" or torch.cuda.device_count() > 1:
-            command = [word.format(to=portable(args.to), runs=portable(args.runs)) for word in GPU[name].split()]
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            result[name] = {"command": GPU[name], "exit": done.returncode, "said": done.stdout.strip().split("\n")[-1]}
+            command = GPU[name].format(to=portable(args.to), runs=portable(args.runs))
+            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT,
+                                  stdout=subprocess.PIPE, text=True)
+            last = done.stdout.strip().split("\n")[-1]
+            result[name] = {"command": command, "exit": done.returncode, "said": last}
     return result
 
 
@@ -525,7 +455,6 @@ STUDIES = {
     "objects": objects,
     "positions": positions,
     "ceiling": ceiling,
-    "probes": probes,
     "gpu": gpu,
 }
 
@@ -538,7 +467,7 @@ def main():
     add("--seeds", type=int, default=3,
         help="how many seeds, 0 … n-1, of what is trained or drawn (default: %(default)s)")
     add("--steps", type=int,
-        help="training steps (default: train.py's own; probes and ceiling: 60)")
+        help="training steps (default: train.py's own; ceiling: 60)")
     add("--keep", nargs="+", metavar="K",
         help="ablations: the budgets (default: 48 32 16 8 4 ~16 ~8)")
     add("--variants", nargs="+", metavar="NAME", help="gpu: only these parts")
