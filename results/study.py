@@ -152,31 +152,34 @@ def ranking(args):
     On validation questions, since it decides.
     """
     vlm, rows = load(TINY, args.device), embedded("validation")
-    variants = {name: VARIANTS[name] for name in ("ours", "papers")}
-    variants["c = 3"] = ("distinct", Parts(rank=distinct_by(3.0)))
-    folders = trained(args, vlm, variants)
-    factors, counts = (0, 2, 3, 4, 5), (32, 16, 8, 4)
+    names = {"ours": "trained through d, c = 4", "papers": "trained as the papers do"}
+    folders = trained(args, vlm, {name: VARIANTS[name] for name in names})
+    factors, counts, seeds = (0, 2, 3, 4, 5), (32, 16, 8, 4), range(args.seeds)
     X, lies_on = scenes_and_labels(vlm, "validation")
     ways, on_objects = {}, {}
     for (name, seed), folder in folders.items():
         scorer = load_pruner(folder)[0].to(args.device)
         for c in factors:
             for K in counts:
-                ways[name, seed, c, K] = (
-                    lambda X, inputs, scorer=scorer, c=c, K=K: select(distinct(scorer(X), X, c), K))
-            keep = ways[name, seed, c, 16](X, None)
-            on_objects[name, seed, c] = 100 * (lies_on.gather(1, keep.cpu()) == 2).float().mean().item()
+                ways[name, seed, c, K] = choose_by(scorer, c, K)
+            keep = ways[name, seed, c, 16](X, None).cpu()
+            on_objects[name, seed, c] = 100 * (lies_on.gather(1, keep) == 2).float().mean().item()
     kept, _ = retained(vlm, rows, ways)
     table = {}
-    for name in variants:
+    for name, training in names.items():
         for c in factors:
-            row = {str(K): [kept[name, seed, c, K] for seed in range(args.seeds)] for K in counts}
-            row["on objects at 16"] = [on_objects[name, seed, c] for seed in range(args.seeds)]
-            trained_by = {"ours": "trained through d, c = 4", "papers": "trained as the papers do",
-                          "c = 3": "trained through d, c = 3"}[name]
-            deployed_by = f"deployed with c = {c}" if c else "deployed by the scores alone"
-            table[f"{trained_by}; {deployed_by}"] = row
+            deployed = f"deployed with c = {c}" if c else "deployed by the scores alone"
+            row = {str(K): [kept[name, seed, c, K] for seed in seeds] for K in counts}
+            row["on objects at 16"] = [on_objects[name, seed, c] for seed in seeds]
+            table[f"{training}; {deployed}"] = row
     return {"tables": {"retention, %, validation questions": table}}
+
+
+def choose_by(scorer, c, K):
+    @torch.no_grad()
+    def choose(X, inputs):
+        return select(distinct(scorer(X), X, c), K)
+    return choose
 
 
 def ablations(args):
