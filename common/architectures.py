@@ -1,9 +1,9 @@
 """
-Models of true size with random weights, pictures of noise for them, and where tokens lie in a picture.
+Models of true size with random weights, noise for them, and where tokens lie in a picture.
 
-    model = random_model("random:llava-1.5-7b", "meta", torch.bfloat16, "sdpa")     # takes no memory: for counting
-    pixels, N = dummy_pixels(model, batch=2)
-    boxes(model, inputs)                                                            # (N, 4)
+    model = random_model("random:qwen3-vl-8b", "meta", torch.bfloat16, "sdpa")    # for counting
+    pixels, N = dummy_pixels(model, batch=2, size=(672, 672))
+    boxes(model, inputs)                                                          # (N, 4)
 """
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ RANDOM = {  # the published configurations, where they differ from the stock one
 
 
 def random_model(name, device, dtype, attention):
-    """The architecture `name`, made where and in the type that it is to have: a 7B in bfloat16 takes 14 GB."""
+    """The architecture of that name, made where it is to be: a 7B in bfloat16 takes 14 GB."""
     if name[7:] not in RANDOM:
         raise InputError(f"{name}: no such architecture; there are "
                          f"{', '.join('random:' + known for known in RANDOM)}")
@@ -62,10 +62,11 @@ def random_model(name, device, dtype, attention):
 
 
 def pack(model, size):
-    """What the places of a picture that is read whole and in tiles hold: (numbers (N,), (rows, columns) of tiles).
+    """What is at the places of a picture that is read whole and in tiles.
 
-    A number is a patch's among those of the whole picture and then of all tiles; -1 ends a row of patches. The stock
-    model packs the numbers as it would pack features, and cuts away what pads a picture of this size (height, width).
+    (numbers (N,), (rows, columns) of tiles). A number is a patch's among those of the whole picture
+    and then of all tiles; -1 ends a row of patches. The stock model packs the numbers as it would
+    pack features, and cuts away what pads a picture of this size (height, width).
     """
     config, vision = model.config, model.config.vision_config
     rows, columns = get_anyres_image_grid_shape(
@@ -82,10 +83,10 @@ def pack(model, size):
 
 
 def tokens_of_each(model, inputs):
-    """(B,) how many tokens the model makes of each picture; None where each tile or patch makes as many.
+    """(B,) how many tokens the model makes of each picture; None where all patches make as many.
 
-    Only models that lay out tiles by the picture's size can make too many of one picture and too few of another.
-    Elsewhere their sum tells, and the stock model compares that.
+    Only models that lay out tiles by the picture's size can make too many of one picture and too
+    few of another. Elsewhere their sum tells, and the stock model compares that.
     """
     if not hasattr(model.config, "image_grid_pinpoints"):
         return None
@@ -94,7 +95,7 @@ def tokens_of_each(model, inputs):
 
 
 def cells(rows, columns):
-    """(rows·columns, 4): x0, y0, x1, y1 of a grid's cells, row by row, as shares of the picture's sides."""
+    """(rows·columns, 4): x0, y0, x1, y1 of a grid's cells, row by row, as shares of the sides."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     corners = torch.stack([x, y, x + 1, y + 1], -1).view(-1, 4)
     return corners / torch.tensor([columns, rows, columns, rows])
@@ -103,8 +104,8 @@ def cells(rows, columns):
 def boxes(model, inputs, tokens=None):
     """(N, 4): x0, y0, x1, y1 of each token in the first picture, as shares of its sides.
 
-    All four are 0 for a token that is no patch: a class token, the end of a row. Where all pictures have as many
-    `tokens`, these are a square that the model cuts out. InputError where it is not known.
+    All four are 0 for a token that is no patch: a class token, the end of a row. Where all pictures
+    have as many `tokens`, these are a square that the model cuts out. InputError if not known.
     """
     vision = model.config.vision_config
     if tokens:
@@ -116,7 +117,7 @@ def boxes(model, inputs, tokens=None):
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return cells(rows // merge, columns // merge)
     if model.config.model_type != "llava_next":
-        raise InputError("where in the picture this model's tokens lie is not known; leave out --show")
+        raise InputError("where this model's tokens lie in a picture is unknown; leave out --show")
     size, side = inputs["image_sizes"][0].cpu(), vision.image_size // vision.patch_size
     numbers, (rows, columns) = pack(model, size)
     tiles = cells(rows * side, columns * side).view(rows, side, columns, side, 4)
@@ -130,10 +131,11 @@ def boxes(model, inputs, tokens=None):
 
 
 def dummy_pixels(model, batch, size, tokens=None):
-    """(noise for `batch` pictures of that size (height, width), their tokens N) for an architecture of RANDOM."""
+    """(noise for pictures of a size (height, width), N of each), for an architecture of RANDOM."""
     vision = model.config.vision_config
     if tokens:
-        return {"pixel_values": torch.randn(batch, 3, vision.image_size, vision.image_size)}, tokens
+        pixels = torch.randn(batch, 3, vision.image_size, vision.image_size)
+        return {"pixel_values": pixels}, tokens
     if hasattr(vision, "spatial_merge_size"):
         merge = vision.spatial_merge_size
         rows, columns = (side // (vision.patch_size * merge) for side in size)

@@ -26,9 +26,10 @@ from transformers.utils import logging
 from common.architectures import random_model
 from common.files import ROOT, InputError, out_of_memory, short
 
-UNUSED = ("inv_freq", "position_ids", "vision_model.head.")  # in some weight files; no model needs them
-CURE = ("; give a folder with all files of one model in transformers' format, or a hub name with the "
-        "network at hand")
+# in some weight files; no model needs them
+UNUSED = ("inv_freq", "position_ids", "vision_model.head.")
+CURE = ("; give a folder with all files of one model in transformers' format, or a hub name with "
+        "the network at hand")
 # PaliGemma's own form of a prompt, for which it publishes no chat template
 PALIGEMMA = ("{% for message in messages %}{% for part in message['content'] %}"
              "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}")
@@ -86,14 +87,15 @@ def time_limit(seconds, what):
 
 def supported(kind):
     """The model_type of a config.json, if transformers has a vision-language model of that name."""
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or kind not in PROCESSOR_MAPPING_NAMES:
+    if not (kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind in PROCESSOR_MAPPING_NAMES):
         raise InputError(f"model_type {kind!r} in config.json is no model for pictures and text in "
                          f"transformers {transformers.__version__}, as llava or qwen3_vl are")
     return kind
 
 
-def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None, part=None):
-    """(model, processor) from a folder or the hub; (model, None) for 'random:' and a name in RANDOM.
+def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None,
+               part=None):
+    """(model, processor) from a folder or the hub; (model, None) for 'random:' and its names.
 
     part: a class to read in place of the model's own, as Encoder.
     """
@@ -102,20 +104,22 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
     try:
         device = torch.empty(0, device=device).device
     except Exception:
-        raise InputError(f"--device {device}: torch cannot use it on this machine; try --device cpu") from None
+        raise InputError(f"--device {device}: torch cannot use it on this machine; try --device "
+                         "cpu") from None
     if name.startswith("random:"):
         return random_model(name, device, dtype, attention), None
     if device.type == "meta":
-        raise InputError("--device meta: is for counting with a random: model, and computes nothing; "
-                         "try --device cpu")
+        raise InputError("--device meta: is for counting with a random: model, and computes "
+                         "nothing; try --device cpu")
     with one_line(name, "reading config.json"):
         source = find(name)
         kind = supported(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
         if part and kind != part.config_class.model_type:
-            raise InputError(f"is of type {kind}, and only {part.config_class.model_type} (LLaVA-1.5) "
-                             "can be read in part; use infer.py")
+            raise InputError(f"is of type {kind}, and only {part.config_class.model_type} "
+                             "(LLaVA-1.5) can be read in part; use infer.py")
     with one_line(name, "reading the weights"):
-        model = read_weights(source, dtype, attention, device_map, part or AutoModelForImageTextToText)
+        whole = AutoModelForImageTextToText
+        model = read_weights(source, dtype, attention, device_map, part or whole)
         if device_map is None:
             model.to(device)
     with one_line(name, "reading tokenizer.json and the processor's files"), hushed():
@@ -135,26 +139,29 @@ class Encoder(LlavaForConditionalGeneration):
 
 
 def find(name):
-    """The folder of that name, or the hub name as it is. InputError if it is neither, or not whole."""
+    """The folder of that name, or the hub name as it is. InputError if neither, or not whole."""
     folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError("no such model folder; give one in transformers' format or a hub name (owner/model)")
+        raise InputError("no such model folder; give one in transformers' format or a hub name "
+                         "(owner/model)")
     for file in folder.iterdir() if folder else []:
         if file.name == "adapter_config.json":
-            raise InputError("is a LoRA adapter (adapter_config.json); merge it into its model and save that")
+            raise InputError("is a LoRA adapter (adapter_config.json); merge it into its model and "
+                             "save that")
         if file.is_file():
             with open(file, "rb") as f:
                 if f.read(23) == b"version https://git-lfs":
-                    raise InputError(f"{file.name} is a Git LFS pointer, not the file; run git lfs pull "
-                                     "in that folder")
+                    raise InputError(f"{file.name} is a Git LFS pointer, not the file; run git lfs "
+                                     "pull in that folder")
     return folder or name
 
 
 def read_weights(source, dtype, attention, device_map, model):
-    """The model, if its safetensors are what config.json describes: what is missing would be random."""
+    """The model, if its safetensors are what config.json describes: the rest would be random."""
     model, report = model.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, device_map=device_map, use_safetensors=True,
-        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        source, dtype=dtype, attn_implementation=attention, device_map=device_map,
+        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True)
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     for key, stored, described in sorted(report["mismatched_keys"]):
         wrong.append(f"{key} is {tuple(stored)} in the weights, {tuple(described)} in config.json")
@@ -162,15 +169,15 @@ def read_weights(source, dtype, attention, device_map, model):
         if not any(part in key for part in UNUSED):
             wrong.append(f"{key} is not in the model that config.json describes")
     if wrong:
-        raise InputError(f"the weights do not fit config.json: {wrong[0]} ({len(wrong)} such tensors in all); "
-                         "get weights and config.json of one model")
+        raise InputError(f"the weights do not fit config.json: {wrong[0]} ({len(wrong)} such "
+                         "tensors in all); get weights and config.json of one model")
     return model
 
 
 def read_processor(source, kind):
-    """The stock processor for a model_type, whatever class its files name, and without its video part.
+    """The stock processor for a model_type, whatever class its files name, but for its video part.
 
-    That would need torchvision, and no picture does.
+    That needs torchvision, and few pictures do.
     """
     readers = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor,
                "feature_extractor": AutoFeatureExtractor}
@@ -213,11 +220,12 @@ def complete(model, processor=None):
         if model.config.model_type == "paligemma":
             template = template or PALIGEMMA
         if not template:
-            raise InputError("has no chat template (chat_template.jinja); get it from where the model was "
-                             "published")
+            raise InputError("has no chat template (chat_template.jinja); get it from where the "
+                             "model was published")
         tokenizer.chat_template = template
         if not ends:
-            raise InputError("has no token for the end of a text; name eos_token in tokenizer_config.json")
+            raise InputError("has no token for the end of a text; name eos_token in "
+                             "tokenizer_config.json")
         if tokenizer.eos_token is None:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
         if tokenizer.pad_token is None:  # any will do, since padding is masked
@@ -229,17 +237,18 @@ def complete(model, processor=None):
 
 
 def check_processor(config, processor):
-    """InputError unless the processor's files and config.json mean the same token and the same tiles."""
+    """InputError unless the processor's files and config.json mean the same token and tiles."""
     tokenizer, token, known = processor.tokenizer, image_token(config), processor.image_token_ids
     name = tokenizer.convert_ids_to_tokens(token)
-    if token not in known and name in tokenizer.get_added_vocab() and name in tokenizer.chat_template:
+    written = name in tokenizer.get_added_vocab() and name in tokenizer.chat_template
+    if token not in known and written:
         processor.image_token, processor.image_token_id = name, token  # the tokenizer names another
     elif token not in known:
-        raise InputError(f"the tokenizer's {tokenizer.convert_ids_to_tokens(known[0])} is {known[0]}, "
-                         f"config.json's image token {token}; correct image_token_id (or "
-                         "image_token_index) there")
+        other = tokenizer.convert_ids_to_tokens(known[0])
+        raise InputError(f"the tokenizer's {other} is {known[0]}, config.json's image token "
+                         f"{token}; correct image_token_id (or image_token_index) there")
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     theirs = getattr(processor.image_processor, "image_grid_pinpoints", pinpoints)
     if theirs != pinpoints:
-        raise InputError("image_grid_pinpoints differ in config.json and in the processor's files, so "
-                         "pictures would get wrong tiles; get both of one model")
+        raise InputError("image_grid_pinpoints differ in config.json and in the processor's files, "
+                         "so pictures would get wrong tiles; get both of one model")
