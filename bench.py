@@ -5,10 +5,10 @@ GPU prefill timing: what each stage of an answer costs, with all visual tokens a
     python bench.py --model random:qwen2.5-vl-7b --device meta     # FLOPs alone: needs no memory
     python bench.py --count                                        # launches, on any machine
 
-random: is a true architecture with random weights. On a GPU every answer is timed twice: eager, where
-Python launches each kernel, and by CUDA graphs (common/graphs.py). All is timed in turn within one
-run, so that a drift of the machine hits every row alike. Each number is a median, in ms. What pruning
-keeps is measured by python -m eval.accuracy.
+random: is a true architecture with random weights. On a GPU every answer is timed twice: eager,
+where Python launches each kernel, and by CUDA graphs (common/graphs.py). All is timed in turn in one
+run, so that a drift of the machine hits every row alike. Each number is a median, in ms. What
+pruning keeps is measured by python -m eval.accuracy.
 """
 import argparse
 import copy
@@ -38,10 +38,11 @@ from throttler import Scorer, distinct, select, soft_top_k, vp_gate
 
 STAGES = ("encode", "choose", "project", "prefill")  # by graphs, project is a part of prefill
 # DiffPrune's figures (arXiv 2605.28051), LLaVA-1.5-7B on one A6000, batch 1, fp16
-PUBLISHED = [dict(tokens=576, batch=1, way="published", TFLOPs=8.89, encode=29.71, prefill=118.66, first=149.51),
-             dict(tokens=64, batch=1, way="published", TFLOPs=2.13, encode=30.41, choose=0.69, prefill=41.61,
-                  first=73.73)]
-TITLES = {"choosing": "choosing alone", "training": "a training step, forward and backward", "prefill": "the prefill"}
+PUBLISHED = [dict(tokens=576, batch=1, way="published", TFLOPs=8.89, encode=29.71, prefill=118.66,
+                  first=149.51),
+             dict(tokens=64, batch=1, way="published", TFLOPs=2.13, encode=30.41, choose=0.69,
+                  prefill=41.61, first=73.73)]
+TITLES = {"choosing": "choosing alone", "prefill": "the prefill", "training": "a training step"}
 
 
 class Row(NamedTuple):
@@ -54,7 +55,7 @@ class Row(NamedTuple):
 # --- clocks -------------------------------------------------------------------------------------
 
 class Clock:
-    """Marks the ends of stages: by CUDA events, so that nothing waits in between; else the wall clock."""
+    """Marks the ends of stages: CUDA events, so that nothing waits between, or the wall clock."""
 
     def __init__(self, device):
         self.cuda, self.marks = torch.device(device).type == "cuda", {}
@@ -76,7 +77,7 @@ class Clock:
 
 
 class Calls(TorchDispatchMode):
-    """A clock of launches: counts torch's calls, but not its views. On a GPU each is about one kernel."""
+    """A clock of launches: torch's calls without its views. On a GPU each is about one launch."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +95,7 @@ class Calls(TorchDispatchMode):
 
 
 class Counted(Graphed):
-    """As if recorded, on any device: a replay is one call. A count does not mind what it computes."""
+    """As if recorded, on a CPU: a replay is one call. What it computes is no matter to a count."""
     device = "cpu"
 
     def record(self, static):
@@ -107,7 +108,7 @@ def between(at):
 
 
 def answer_times(at, words):
-    """{stage: ms} from {mark: ms from the start}. Marks: STAGES, and the further tokens' numbers 2, 3, …"""
+    """{stage: ms} from {mark: ms from the start}; marks: STAGES, and further tokens, 2, 3, …"""
     times = {stage: ms for stage, ms in between(at).items() if stage in STAGES}
     first = at["prefill"]  # the first token is there; encoder and choice are in it
     times["first"] = first
@@ -131,8 +132,8 @@ def eager_stream(vlm, inputs, X, keep, clock):
         token = out.logits[:, -1:].argmax(-1)  # (B, 1)
         yield token
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position, CACHE: out[CACHE]}
-        out = vlm.model(**inputs, use_cache=True)
+        given = {"input_ids": token, "attention_mask": mask, "position_ids": position}
+        out = vlm.model(**given, use_cache=True, **{CACHE: out[CACHE]})
 
 
 @torch.no_grad()
@@ -157,15 +158,17 @@ def answer_once(vlm, choose, inputs, words, clock):
 @torch.no_grad()
 def choose_once(vlm, scorer, inputs, K, clock):
     """{name: ms} of every way to choose K tokens: the scorer's, and other papers' criteria."""
-    ways = {f"scorer, {how}": lambda rank=rank: select(rank(scorer(X), X), K) for how, rank in RANKINGS.items()}
-    X = vlm.encode(inputs)
+    X, ways = vlm.encode(inputs), {}
+    for how, rank in RANKINGS.items():
+        ways[f"scorer, {how}"] = lambda rank=rank: select(rank(scorer(X), X), K)
     for name, choose in criteria(vlm).items():
         ways[name] = partial(choose, X, inputs, K)
     ways.pop("pooling", None)
     if vlm.tokens and pooled_grid(vlm.tokens, K):
         ways["pooling"] = partial(average_pooling, X, K)
     if "CLS" in ways:  # the encoder has this at hand; it is not to run twice
-        states = vlm.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        tower = vlm.model.model.vision_tower
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         ways["CLS"] = lambda: select(cls_attention(vlm, inputs, states[vlm.layers[-1] - 1]), K)
     clock.mark("prepared")
     for name, choose in ways.items():
@@ -209,17 +212,23 @@ def in_turn(work, repeats, device):
             times = once(Clock(device))
             if repeat >= 0:  # the first two are the warm-up
                 runs[row].append(times)
-    return {row: {stage: summary([run[stage] for run in times]) for stage in times[0]} for row, times in runs.items()}
+    return {row: summaries(times) for row, times in runs.items()}
 
 
-def summary(values):
-    return {"median": statistics.median(values), "p10": percentile(values, 10), "p90": percentile(values, 90)}
+def summaries(runs):
+    """{stage: {median, p10, p90}} from [{stage: ms}]."""
+    result = {}
+    for stage in runs[0]:
+        values = [run[stage] for run in runs]
+        low, high = percentile(values, 10), percentile(values, 90)
+        result[stage] = {"median": statistics.median(values), "p10": low, "p90": high}
+    return result
 
 
 # --- what is counted ----------------------------------------------------------------------------
 
 def prefill_flops(vlm, lengths):
-    """{L: FLOPs of the prefill of one sequence of L tokens}, 2 a multiply-add, counted on the meta device."""
+    """{L: FLOPs of the prefill of a sequence of L tokens}, 2 a multiply-add, on the meta device."""
     flops = {}
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(vlm.model.config)).eval()
@@ -243,7 +252,7 @@ def narrow(vlm):
 # --- a run --------------------------------------------------------------------------------------
 
 def answers(vlm, scorer, args, counts, kind=None):
-    """{row: clock -> {stage: ms}} of an answer with each of the counts; by graphs of a kind, too."""
+    """{row: clock -> {stage: ms}} of answers with each of the counts; also by graphs of a kind."""
     def rank(X):
         return RANKINGS[args.choose](scorer(X), X)  # (B, N)
 
@@ -257,18 +266,19 @@ def answers(vlm, scorer, args, counts, kind=None):
         ways["graphs"] = graphs, graphs.recorded(rank)
     for batch, K, way in itertools.product(args.batch, counts, ways):
         model, ranked = ways[way]
-        inputs = vlm.dummy_inputs(batch, args.text)
-        work[Row(K, batch, way)] = partial(answer_once, model, partial(choose, ranked, K), inputs, args.words)
+        inputs, chosen = vlm.dummy_inputs(batch, args.text), partial(choose, ranked, K)
+        work[Row(K, batch, way)] = partial(answer_once, model, chosen, inputs, args.words)
     return work
 
 
 def training(vlm, batch, K):
     """clock -> {part: ms} of a training step: so many pictures, captions of 20 tokens."""
-    device, d = vlm.model.device, vlm.width
-    inputs = vlm.dummy_inputs(batch, 40)
-    inputs["labels"] = F.pad(inputs["input_ids"][:, -20:], (inputs["input_ids"].shape[1] - 20, 0), value=-100)
-    mean, L = torch.zeros(d, device=device), torch.eye(d, device=device)
-    return partial(train_once, vlm, Scorer(d).to(device), Denoiser(d).to(device), mean, L, inputs, K)
+    d, inputs = vlm.width, vlm.dummy_inputs(batch, 40)
+    ids = inputs["input_ids"]
+    inputs["labels"] = F.pad(ids[:, -20:], (ids.shape[1] - 20, 0), value=-100)
+    with vlm.model.device:
+        modules = Scorer(d), Denoiser(d), torch.zeros(d), torch.eye(d)  # mean 0, L·Lᵀ = 1
+    return partial(train_once, vlm, *modules, inputs, K)
 
 
 def measure(vlm, args, counts):
@@ -291,7 +301,7 @@ def measure(vlm, args, counts):
     if args.training:
         work[Row(counts[-1], args.training, "training")] = training(vlm, args.training, counts[-1])
     results = in_turn(work, args.repeats, device)
-    flops = prefill_flops(vlm, {K + args.text for K in counts})
+    flops = prefill_flops(vlm, [K + args.text for K in counts])
     rows = []
     for row, times in results.items():
         line = {**row._asdict(), **times}
@@ -326,24 +336,27 @@ def tables(rows):
 
 
 def parse_arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = ap.add_argument
-    add("--model", help="folder or hub name of the VLM, or random:NAME, the true size with random weights (default: "
-        "the model of your pruner, or of the one that ships; for --count random:llava-1.5-7b)")
-    add("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K", help="tokens to keep (default: the "
-        "papers' budgets, 33.3%% 22.2%% 11.1%%)")
-    add("--choose", choices=RANKINGS, default="distinct", help="how the scorer's tokens are chosen (default: "
-        "%(default)s)")
-    add("--batch", type=int, nargs="+", default=[1], help="images at once, one or more sizes (default: 1)")
+    add("--model", help="folder or hub name of the VLM, or random:NAME, the true size with random "
+        "weights (default: the model of your pruner, or of the one that ships; for --count "
+        "random:llava-1.5-7b)")
+    add("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
+        help="tokens to keep (default: the papers' budgets, 33.3%% 22.2%% 11.1%%)")
+    add("--choose", choices=RANKINGS, default="distinct",
+        help="how the scorer's tokens are chosen (default: %(default)s)")
+    add("--batch", type=int, nargs="+", default=[1], help="sizes, images at once (default: 1)")
     add("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")
-    add("--words", type=int, nargs="+", default=[8, 32], metavar="T", help="tokens of an answer, one or more lengths "
-        "(default: 8 32)")
+    add("--words", type=int, nargs="+", default=[8, 32], metavar="T",
+        help="tokens of an answer, also several (default: 8 32)")
     add("--repeats", type=int, metavar="N", help="timed passes (default: 20 on a GPU, 5 on a CPU)")
-    add("--graphs", action=argparse.BooleanOptionalAction, help="answers by CUDA graphs, too (default: on a GPU; a CPU "
-        "takes the same steps, but records nothing)")
-    add("--training", type=int, nargs="?", const=4, metavar="B", help="a training step of B pictures, too (4)")
+    add("--graphs", action=argparse.BooleanOptionalAction,
+        help="answers by CUDA graphs, too (default: on a GPU; a CPU records nothing)")
+    add("--training", type=int, nargs="?", const=4, metavar="B",
+        help="a training step of B pictures, too (without B: 4)")
     add("--count", action="store_true", help="count launches instead, of a LLaVA-1.5 made thin")
-    add("--json", type=Path, metavar="FILE", help="save what was measured, and under which conditions")
+    add("--json", type=Path, metavar="FILE", help="save what was measured, and the conditions")
     add_device_arguments(ap)
     args = ap.parse_args()
     check(args, "text", "repeats", "training")
@@ -366,12 +379,15 @@ def main():
     if args.count:
         if vlm.tokens is None:
             raise InputError(f"--model {name}: only of a LLaVA-1.5 are launches counted")
-        unit, rows = "torch's calls but its views, on a GPU about one launch each", measure(narrow(vlm), args, counts)
+        unit = "torch's calls without views, on a GPU about one launch each"
+        rows = measure(narrow(vlm), args, counts)
     elif args.device == "meta":  # nothing runs, so there is nothing to time
-        flops = prefill_flops(vlm, {K + args.text for K in counts})
-        unit, rows = "TFLOPs", [Row(K, 1, "prefill")._asdict() | {"TFLOPs": flops[K + args.text] / 1e12} for K in counts]
+        unit, rows = "TFLOPs", []
+        for L, flops in prefill_flops(vlm, [K + args.text for K in counts]).items():
+            rows.append({**Row(L - args.text, 1, "prefill")._asdict(), "TFLOPs": flops / 1e12})
     else:
-        unit, rows = f"ms, medians of {args.repeats} passes, {args.dtype}", measure(vlm, args, counts)
+        unit = f"ms, medians of {args.repeats} passes, {args.dtype}"
+        rows = measure(vlm, args, counts)
         if "llava-1.5-7b" in name:
             rows += PUBLISHED
     made = {"model": name, "text": args.text, "unit": unit, "rows": rows}

@@ -27,15 +27,15 @@ from transformers.cache_utils import StaticLayer
 
 from common.files import short
 
-# what the stock models call their cache, from 5.23 on and before
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+CALLED = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in CALLED else "past_key_values"  # the second until transformers 5.23
 
 
 class Graphed:
-    """fn, a function from tensors to tensors that can be repeated: a CUDA graph for each set of shapes.
+    """fn, from tensors to tensors, as CUDA graphs: one for each set of shapes, `most` of them.
 
-    Where there is nothing to record, on a CPU or beyond `most` sets of shapes, fn itself runs.
-    RuntimeError if fn cannot be recorded.
+    fn must give the same when it is repeated. On a CPU, or for more shapes, fn itself runs.
+    RuntimeError if it cannot be recorded.
     """
 
     device = "cuda"
@@ -73,7 +73,7 @@ class Graphed:
 
 
 class Graphs:
-    """A VLM that replays graphs to encode and to generate; in all else it is the VLM that it is given.
+    """A VLM that replays graphs to encode and to generate; in all else it is the VLM it was given.
 
     The first answer is compared with the VLM's own. If it differs, or something cannot be recorded,
     one line says so, and from there on all is the VLM's own, eager. Always eager: pictures with
@@ -107,7 +107,7 @@ class Graphs:
         return lambda t: self.attempt(lambda: graph(t)[0], lambda: fn(t))
 
     def encode(self, inputs):
-        """X (B, N, d_v), by a graph where all pictures have N tokens: other encoders ask the CPU."""
+        """X (B, N, d_v), by a graph where N is fixed: other encoders copy from the CPU."""
         if self.vlm.tokens is None:
             return self.vlm.encode(inputs)
         return self.encode_pixels(inputs["pixel_values"])
@@ -159,8 +159,9 @@ class Graphs:
         length = ids.shape[1] - N + keep.shape[1]  # L'
         more = -length % 32  # padding at the left: few lengths, few graphs
         if self.vlm.tokens:
-            token, start, position = self.begin(X, keep, F.pad(ids, (more, 0)), F.pad(mask, (more, 0)))
-        else:  # embed() asks the CPU
+            rows = F.pad(ids, (more, 0)), F.pad(mask, (more, 0))
+            token, start, position = self.begin(X, keep, *rows)
+        else:  # embed() copies from the CPU
             sequence = self.vlm.embed(inputs, X, keep)
             if sequence.keys() != {"inputs_embeds", "attention_mask", "position_ids"}:
                 raise RuntimeError("the language model is told more than embeddings")
@@ -181,7 +182,7 @@ class Graphs:
         return self._read(**self.vlm.embed({"input_ids": ids, "attention_mask": mask}, X, keep))
 
     def _read(self, inputs_embeds, attention_mask, position_ids):
-        """Of a prompt (B, L', D) the next token, each row's first slot (B,), last position (…, B, 1)."""
+        """A prompt (B, L', D): the next token, rows' first slots (B,), last positions (…, B, 1)."""
         mask = attention_mask.bool()
         own = self.slots[:mask.shape[1], None]  # (L', 1)
         real = F.pad(mask, (0, len(self.slots) - len(own)))[:, None]  # (B, 1, slots)
@@ -197,7 +198,7 @@ class Graphs:
         return [self._next(slot, seen[:, None], input_ids=token, position_ids=position)]
 
     def _next(self, slot, seen, **inputs):
-        """The token after the inputs, which go to the cache from `slot` on; seen (B, tokens, slots)."""
+        """The token after the inputs, which fill the cache from `slot` on; seen (B, L, slots)."""
         B, model = len(seen), self.vlm.model
         if B not in self.caches:
             text = model.config.get_text_config()
@@ -205,7 +206,7 @@ class Graphs:
         for layer in self.caches[B].layers:
             if type(layer) is not StaticLayer:
                 raise RuntimeError("not all layers have full attention")
-            layer.cumulative_length.copy_(slot[0])  # its own count would go on with every repetition
+            layer.cumulative_length.copy_(slot[0])  # its own count would rise with every replay
         options = {CACHE: self.caches[B], "logits_to_keep": 1}
         logits = model(**inputs, attention_mask=seen[:, None], **options).logits[:, -1]  # (B, V)
         finite = logits.amax(-1, keepdim=True).isfinite()
