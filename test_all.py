@@ -936,9 +936,10 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
 
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
     """And the thresholds and the closing table are its own."""
-    losses, at = iter([0.1, 5.0, 4.0, 3.0, 2.0, 3.5]), []
+    losses, quarters, at = iter([0.1, 5.0, 4.0, 3.0, 2.5, 2.0]), iter([1.0, 1.0, 1.0, 1.0, 1.0, 4.0]), []
     monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
-                        {"full_loss": 1.0, "soft_loss": 3.0, "deployed_loss": next(losses), "quarter_loss": 1.0})
+                        {"full_loss": 1.0, "soft_loss": 3.0, "deployed_loss": next(losses),
+                         "quarter_loss": next(quarters)})
     monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
     closing = []
 
