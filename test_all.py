@@ -607,19 +607,26 @@ def test_a_held_out_loss_is_a_mean_over_words():
 
 
 def test_feature_statistics_are_of_tokens_drawn_from_all_of_each_picture(monkeypatch):
-    """Pictures of 100, 100 and 40 tokens, each of which holds its own number; padding holds -1."""
+    """Pictures of 100, 100 and 40 tokens, each of which holds its own number in all four channels.
+
+    Padding holds -1. Two levels of two channels: alike within a level, and without covariance beyond.
+    """
     counts = torch.tensor([[100], [100], [40]])
     numbers = torch.arange(100.0)
     visual = numbers < counts  # (3, 100)
-    X = numbers.where(visual, -1).unsqueeze(-1)  # (3, 100, 1)
-    vlm = SimpleNamespace(encode=lambda inputs: X, visual=lambda inputs: visual, levels=1)
-    monkeypatch.setattr(train, "whitening", lambda tokens: (tokens.view(3, 32), torch.eye(1)))
-    drawn, L, most = train.feature_statistics(vlm, [([0, 1, 2], None)], seed=0)
-    drawn = drawn.tolist()
-    assert L.equal(torch.eye(1)) and most == 100
+    X = numbers.where(visual, -1).unsqueeze(-1).expand(-1, -1, 4)  # (3, 100, 4)
+    vlm = SimpleNamespace(levels=2, encode=lambda inputs: X, visual=lambda inputs: visual)
+    calls = []
+    monkeypatch.setattr(train, "whitening", lambda tokens: calls.append(tokens) or whitening(tokens))
+    mean, L, most = train.feature_statistics(vlm, [([0, 1, 2], None)], seed=0)
+    drawn = calls[0][:, 0].view(3, 32).tolist()
     assert all(len(set(tokens)) == 32 and min(tokens) >= 0 for tokens in drawn)
-    assert max(drawn[0]) > 64 and drawn[0] != drawn[1]
-    assert drawn != train.feature_statistics(vlm, [([0, 1, 2], None)], seed=1)[0].tolist()
+    assert max(drawn[0]) > 64 and drawn[0] != drawn[1] and most == 100
+    level = torch.full((2, 2), calls[0][:, 0].var(correction=0).item())
+    close(L @ L.T, torch.block_diag(level, level), atol=0.1)
+    close(mean, calls[0][:, 0].mean().expand(4), atol=1e-3)
+    train.feature_statistics(vlm, [([0, 1, 2], None)], seed=1)
+    assert not calls[0].equal(calls[2])
 
 
 def test_the_seed_decides_first_weights_and_noise_which_is_another_for_each_sample(vlm):
@@ -806,9 +813,10 @@ def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
     state = {f.name: f.read_bytes() for f in out.iterdir()}
     complaint("--overwrite", tiny)
     copy = shutil.copy(tmp_path / "coco.json", tmp_path / "copy.json")
+    pictures = shutil.copytree(PICTURES, tmp_path / "pictures")
     for other in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"),
                   ("--watch", PICTURE), ("--steps", 2), ("--dtype", "bfloat16"), ("--data", copy),
-                  ("--model", "another")):
+                  ("--images", pictures), ("--model", "another")):
         complaint(f"^{other[0]}", tiny, "--steps", 1, "--resume", *other)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -941,13 +949,13 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
                         {"full_loss": 1.0, "soft_loss": 3.0, "deployed_loss": next(losses),
                          "quarter_loss": next(quarters)})
     monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
-    closing = []
+    closing, calibrated = [], []
 
     def thresholds(vlm, scorer, choose, batches):
         closing.append(scorer.head.weight.clone())
         pixels, = [inputs["pixel_values"] for inputs in batches]
-        closing.append((choose, pixels.sum().item()))
-        return {"shares": [], "values": []}
+        calibrated.extend([choose, pixels.sum().item()])
+        return {"images": 1, "shares": [0.1, 1.0], "values": [1.0, -1.0]}
 
     def table(vlm, scorer, *_):
         closing.append(scorer.head.weight.clone())
@@ -961,16 +969,14 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
     out, err = capsys.readouterr()
     assert "warning: hardness 0.79 at the end" in err
     result = json.loads(out.splitlines()[-1])
-    (choose, seen), = [entry for entry in closing if isinstance(entry, tuple)]
-    assert result["retention"] == 50 and choose == "top"
+    assert result["retention"] == 50
     _, ((held_out, _),) = coco_files.split(coco_files.read_coco(tmp_path / "coco.json", PICTURES), 0)
     light = load(TINY).inputs([read_image(held_out)], ["?"])["pixel_values"].sum().item()
-    assert seen == pytest.approx(light, rel=1e-4)
+    assert calibrated == ["top", pytest.approx(light, rel=1e-4)]
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-3]["tau"] == log[-1]["tau"] == 0.1
     scorer, settings = pruner.load_pruner(tmp_path / "out")
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
-    weights = [entry for entry in closing if torch.is_tensor(entry)]
-    assert len(weights) == 2 and all(weight.equal(at[4]) for weight in weights)
+    assert len(closing) == 2 and all(weight.equal(at[4]) for weight in closing)
 
 
 def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, tiny, capsys, monkeypatch):
@@ -1170,10 +1176,11 @@ def test_the_memory_plan_is_what_autograd_keeps(vlm):
     optimizer.step()
     moments = [m[name] for m in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     learned = [*denoiser.parameters(), *(p.grad for p in denoiser.parameters()), *moments]
+    _, L = graph[3]
     plan = vlm.memory(sum(p.numel() for p in denoiser.parameters()), B=1)
-    assert plan["learned"] == sum(t.nbytes for t in learned) + 4 * 128 ** 2, "and the gate's L"
+    assert plan["learned"] == sum(t.nbytes for t in [*learned, L])
     assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters())
-    free = (16 * 1000 + 3.5 * plan["activations"]) / 0.9  # a tenth is the reserve
+    free = (16 * 1000 + L.nbytes + 3.5 * plan["activations"]) / 0.9  # a tenth is the reserve
     assert [vlm.images_that_fit(1000, share * free) for share in (1, 0.5, 0.1)] == [3, 1, 0]
 
 
