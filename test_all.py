@@ -4,6 +4,8 @@ Each claim of the method against something that cannot share our bug. Run: pytho
 Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
 simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
 """
+import base64
+import concurrent.futures
 import fcntl
 import contextlib
 import copy
@@ -21,11 +23,13 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zlib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -47,6 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
                           LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil, StaticCache)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import bench
 import infer
@@ -2809,6 +2814,213 @@ def test_an_engine_is_asked_as_infer_asks_and_its_answers_keep_their_order(vlm, 
     for words, text in {"stands for the picture": "a <image>", "too long": "star " * 900, "surrogate": "\ud800"}.items():
         row = {"text": text, "where": "q.jsonl: line 1"}
         complaint(f"q.jsonl: line 1.*{words}", serve.prompt_of, row, vlm.processor, config, 9)
+
+
+# vLLM's own part: a server for each family, asked over HTTP as anybody would, against stock transformers
+
+VISION = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=128, patch_size=8)
+TEXT = {**LLAMA, "vocab_size": VOCAB + 4, "hidden_size": 128, "num_hidden_layers": 3, "head_dim": 32,
+        "max_position_embeddings": 2048}
+SERVED = {  # heads of 32: vLLM's kernels for CPUs take no smaller ones
+    "llava": None,  # the embedded default
+    "qwen2_5_vl": dict(
+        vision_config={**VISION, "window_size": 32, "fullatt_block_indexes": [1]},
+        text_config={**TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": {**MROPE, "mrope_section": [4, 6, 6]}}),
+    "qwen3_vl": dict(
+        vision_config={**VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        text_config={**TEXT, "model_type": "qwen3_vl_text",
+                     "rope_parameters": {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}),
+}
+SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+
+
+def random_weights(model):
+    for name, p in model.named_parameters():
+        if p.dim() > 1 or name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def servable(kind, folder):
+    """(folder of a tiny model, its pruner's): random, but for the embedded LLaVA."""
+    if kind == "llava":
+        return TINY, ROOT / "data/shapes/pruner"
+    names = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
+    ids = dict(zip(names, range(VOCAB, VOCAB + 4)))
+    config = AutoConfig.for_model(kind, **ids, **SERVED[kind], tie_word_embeddings=False)
+    random_weights(AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(TINY, image_token=SPECIAL[0])  # else vLLM takes LLaVA's
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = TEMPLATE.replace("<image>", SPECIAL[0])
+    tokenizer.save_pretrained(folder)
+    sizes = dict(shortest_edge=256, longest_edge=9216)
+    Qwen2VLImageProcessorPil(patch_size=8, size=sizes).save_pretrained(folder)
+    width = serve.width_of(config)
+    settings = dict(model=str(folder), width=width, tokens=None, keep="33%", choose="distinct")
+    (folder / "pruner").mkdir()
+    files.write(folder / "pruner/pruner.json", settings)
+    files.write(folder / "pruner/scorer.safetensors", random_weights(Scorer(width)).state_dict())
+    return folder, folder / "pruner"
+
+
+class Stock:
+    """What the stock model answers, greedily, with the dropped tokens masked in the full sequence."""
+
+    def __init__(self, folder, scorer):
+        self.model = AutoModelForImageTextToText.from_pretrained(folder).float().eval()
+        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.tokenizer, self.scorer = AutoTokenizer.from_pretrained(folder), pruner.load_pruner(scorer)[0]
+        self.image_id = self.model.config.image_token_id
+
+    def features(self, pixel_values, image_grid_thw=None):
+        """X (1, N, d_v): LLaVA's before the projector, else what enters the LLM, deepstack's levels beside it."""
+        if image_grid_thw is None:
+            return self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+        seen = self.model.model.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True)
+        return torch.cat([seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])], -1)[None]
+
+    @torch.no_grad()
+    def answer(self, pictures, text, keep, most=8):
+        """(its token ids, log-probabilities of the first)."""
+        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                  chat_template=TEMPLATE.replace("<image>", self.tokenizer.decode(
+                                                      [self.image_id])), add_generation_prompt=True)
+        read = [self.images(picture, return_tensors="pt") for picture in pictures]
+        shown, places = [], []
+        for pixels in read:
+            X = self.features(**pixels)
+            N = X.shape[1]
+            kept = select(distinct(self.scorer(X), X), Budget.parse(keep).of(N))[0]
+            shown.append(torch.zeros(N).index_fill(0, kept, 1).long())
+            places.append([self.image_id] * N)
+        left = iter(places)
+        ids = sum((next(left) if i == self.image_id else [i] for i in self.tokenizer(chat).input_ids), [])
+        ids = torch.tensor([ids])
+        visual = ids == self.image_id
+        mask = torch.ones_like(ids).masked_scatter(visual, torch.cat(shown))
+        given = {name: torch.cat([pixels[name] for pixels in read]) for name in read[0]}
+        positions = torch.arange(ids.shape[1])[None]
+        if "image_grid_thw" in given:
+            positions, _ = self.model.model.get_rope_index(ids, visual.int(), given["image_grid_thw"],
+                                                           attention_mask=torch.ones_like(ids))
+        answer, first = [], None
+        while len(answer) < most and answer[-1:] != [2]:
+            logits = self.model(**given, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            best = logits.logits[0, -1].log_softmax(-1)
+            first = best if first is None else first
+            if best.argmax() == self.image_id:
+                break  # random weights may say it, and cannot read it again
+            answer.append(best.argmax().item())
+            ids = torch.cat([ids, best.argmax().view(1, 1)], 1)
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = torch.cat([positions, positions.max().add(1).expand_as(positions[..., :1])], -1)
+        return answer, first
+
+
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def post(port, urls, text, **options):
+    """(HTTP status, what the server says)."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": text}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8,
+            "add_special_tokens": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
+            "logprobs": True, "top_logprobs": 5, **options}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as e:
+        return e.code, json.load(e)["error"]["message"]
+
+
+@contextlib.contextmanager
+def server(log, *argv):
+    """The port of `python -m eval.serve` with these arguments, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "eval.serve", *map(str, argv), "--host", "127.0.0.1", "--port", str(port)]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENGINE_READY_TIMEOUT_S": "1800"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=out, start_new_session=True)
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+                break
+            except OSError:
+                time.sleep(1)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("kind, flags", [("llava", []), ("qwen2_5_vl", ["--tensor-parallel-size", 2]),
+                                         ("qwen3_vl", ["--long-prefill-token-threshold", 7])])
+def test_vllm_answers_as_the_stock_model_with_dropped_tokens_masked(kind, flags, tmp_path):
+    pytest.importorskip("vllm")
+    folder, trained = servable(kind, tmp_path)
+    stock = Stock(folder, trained)
+    pictures = [shapes.draw_scene(f"test-{i}")[0].resize(SIZES[i % 3]) for i in range(20)]
+    single = [([pictures[i // 3]], QUESTIONS[i % 3]) for i in range(60)]
+    double = [([pictures[i], pictures[(7 * i + 3) % 20]], QUESTIONS[i % 3]) for i in range(12)]
+    with server(tmp_path / "log", folder, "--pruner", trained, "--keep", "11.1%", "--served-model-name", "tiny",
+                "--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-batched-tokens", 512,
+                "--block-size", 32, "--trust-request-mm-kwargs", *flags) as port:
+
+        def check(asked, keep=None, stated=None):
+            """All at once, eight at a time, against the stock model: answers and log-probabilities."""
+            options = {"mm_processor_kwargs": {"keep": keep}} if keep else {}
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                got = list(pool.map(lambda one: post(port, map(png, one[0]), one[1], **options), asked))
+            for one, (status, reply) in zip(asked, got):
+                assert status == 200, reply
+                answer, first = stock.answer(*one, keep or "11.1%")
+                choice = reply["choices"][0]
+                assert choice["token_ids"][:len(answer)] == answer
+                for best in choice["logprobs"]["content"][0]["top_logprobs"]:
+                    assert best["logprob"] == pytest.approx(first[int(best["token"].split(":")[1])].item(), abs=1e-3)
+                assert reply["usage"]["prompt_tokens"] < 512
+
+        check(single)
+        check(single[:30])  # from the caches
+        for keep in ("50%", "1", "all", "10"):  # of the same pictures
+            check(single[:9], keep)
+        check(double)
+        check(double[:6], "10")
+        damaged = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
+        refusals = [(post(port, [png(pictures[0])], "?", mm_processor_kwargs={"keep": keep}), words)
+                    for keep, words in (("~10", "no budget on average"), ("lots", "is no budget"), (0, "is no budget"))]
+        refusals.append((post(port, [damaged], "?"), "Failed to load image"))
+        if kind == "llava":
+            refusals.append((post(port, 8 * [png(pictures[0])], "?"), "1024"))  # 8 x 144 positions
+            too_many = post(port, [png(pictures[0])], "?", mm_processor_kwargs={"keep": 145})
+            refusals.append((too_many, "144 visual tokens"))
+        for (status, sentence), words in refusals:
+            assert status == 400 and words in sentence and "\n" not in sentence
+        check(single[:3])
+
+
+def test_vllm_gives_the_answers_of_infer(vlm, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
+        monkeypatch.setenv(*f"VLLM_{setting}".split("="))
+    asked, flags = drawn(tmp_path), ("--dtype", "float32", "--enforce-eager")
+    for keep in ("16", "all"):
+        choice = ("--pruner", ROOT / "data/shapes/pruner", "--keep", keep, "--questions", asked, "--overwrite")
+        run(infer.main, *choice, "--answers", tmp_path / "infer.jsonl", "--device", "cpu")
+        run(serve.main, TINY, *choice, "--answers", tmp_path / "vllm.jsonl", *flags)
+        said = [[json.loads(line)["text"] for line in open(tmp_path / f"{name}.jsonl")] for name in ("infer", "vllm")]
+        assert said[0] == said[1] and len(said[0]) == 30
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
