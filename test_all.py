@@ -2709,31 +2709,31 @@ class Engine:
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
 def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, monkeypatch):
-    group = SimpleNamespace(broadcast=lambda places, source: places)
-    stub = SimpleNamespace(get_tp_group=lambda: group)
-    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", stub)
-    # a prompt with two pictures: its full positions are those of transformers
-    grids, kept = ([(1, 15), (1, 8)], [[0, 7, 14], [1, 2, 5, 6, 7]]) if kind == "llava" else (
-        [(3, 5), (4, 2)], [[0, 7, 14], [1, 2, 5, 6, 7]])
-    full = [1, 1, 1, *15 * [VOCAB], 1, 1, *8 * [VOCAB], 1, 1]
+    grids, kept = [(3, 5), (4, 2)], [[0, 7, 14], [1, 2, 5, 6, 7]]
+    full = [1, 1, 1, *15 * [VOCAB], 1, 1, *8 * [VOCAB], 1, 1]  # a prompt with two pictures
     visual = torch.tensor(full) == VOCAB
-    positions = torch.arange(len(full)).repeat(3, 1)
-    if kind != "llava":
+    if kind == "llava":
+        mixin, grids = serve.PrunedLlava, [(1, 15), (1, 8)]
+        positions = torch.arange(len(full))
+    else:
+        mixin = serve.Pruned
         with torch.device("meta"):
-            config = AutoConfig.for_model(**TINY_CONFIGS[kind])
-            stock = AutoModelForImageTextToText.from_config(config).model
+            stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**TINY_CONFIGS[kind]))
         patches = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids])
-        positions, _ = stock.get_rope_index(torch.tensor([full]), visual[None].int(), patches,
-                                            attention_mask=torch.ones(1, len(full)))
-        positions = positions[:, 0]
+        whole = torch.ones(1, len(full))
+        positions = stock.model.get_rope_index(torch.tensor([full]), visual[None].int(), patches, attention_mask=whole)
+        positions = positions[0][:, 0]  # (3, L)
     stays = ~visual
-    stays[visual] = torch.zeros(23).index_fill(0, torch.tensor(kept[0] + [15 + i for i in kept[1]]), 1).bool()
-    expected, at = positions[:, stays], visual[stays]
+    stays[visual.nonzero()[:, 0][kept[0] + [15 + i for i in kept[1]]]] = True
+    expected, at = positions[..., stays], visual[stays]
     L = len(at)
 
-    model = type("Model", (serve.PrunedLlava if kind == "llava" else serve.Pruned, Engine), {})
+    model = type("Model", (mixin, Engine), {})
     model = model.__new__(model)
-    model.choose = lambda X, K: torch.tensor(next(places for places in kept if len(places) == K))
+    model.choose = lambda X, K: torch.arange(K)  # what this GPU would choose; the first GPU decides:
+    first = SimpleNamespace(broadcast=lambda own, source: torch.tensor(next(k for k in kept if len(k) == len(own))))
+    group = SimpleNamespace(get_tp_group=lambda: first)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", group)
     model.steps, model.places = torch.zeros(3, 9).long(), torch.zeros(3, 9).long()
     X = [torch.arange(15.0)[:, None], torch.arange(100.0, 108.0)[:, None]]
     grid = torch.tensor([[3, *grids[0]], [5, *grids[1]]])
@@ -2741,15 +2741,45 @@ def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, monkeypatch):
     assert Z[:, 0].tolist() == [0, 7, 14, 101, 102, 105, 106, 107]
     features = [SimpleNamespace(mm_position=SimpleNamespace(offset=offset), data={"grid": SimpleNamespace(data=row)})
                 for offset, row in ((3, grid[0]), (8, grid[1]))]
-    first, ahead = model.get_mrope_input_positions([1] * L, features[::-1])
+    begins, ahead = model.get_mrope_input_positions([1] * L, features[::-1])
     assert ahead == positions.max() + 1 - L  # a further token's position, less its number
     for start in range(0, L, 4):  # steps of four tokens, as when a prompt is read in chunks
         step = slice(start, start + 4)
-        own = [Z[at.cumsum(0)[step][at[step]] - 1]] if at[step].any() else None
-        bare = model.embed_input_ids(torch.ones(len(at[step])), own, is_multimodal=at[step])
-        assert bare is None or bare[0].shape[1] == 1
-        seen = model.forward(None, first[:, step])
-        assert seen.tolist() == (expected[0] if kind == "llava" else expected)[..., step].tolist()
+        part = Z[at.cumsum(0)[step][at[step]] - 1]
+        bare, = model.embed_input_ids(torch.ones(len(at[step])), [part], is_multimodal=at[step])
+        assert bare.equal(part[:, :1])
+        assert model.forward(None, begins[:, step]).equal(expected[..., step])
+
+
+def test_an_engine_lays_out_the_budget_of_the_request_and_no_more_positions_than_the_model_has():
+    class Processor:
+        def _apply_hf_processor_main(self, data, options):
+            assert options == {"size": 3}
+            return dict(data)
+
+        def apply(self, inputs, timing_ctx):
+            return inputs
+
+    llava, qwen = AutoConfig.from_pretrained(TINY), AutoConfig.for_model(**TINY_CONFIGS["qwen2_5_vl"])
+    llava.keep = qwen.keep = "16"
+    grids = torch.tensor([[1, 6, 10], [1, 4, 4]])  # 15 and 4 tokens
+    for config, data, keep, rows in ((qwen, {"image_grid_thw": grids}, "20%", [[3, 3, 5], [1, 2, 2]]),
+                                     (qwen, {"image_grid_thw": grids}, None, [[15, 3, 5], [4, 2, 2]]),
+                                     (llava, {"pixel_values": [0, 0]}, 9, 2 * [[9, 1, 144]]),
+                                     (llava, {"pixel_values": [0]}, None, [[16, 1, 144]])):
+        processor = type("Pruned", (serve.PrunedProcessor, Processor), {"further": {}})()
+        processor.info = SimpleNamespace(get_hf_config=lambda: config)
+        options = {"size": 3} if keep is None else {"size": 3, "keep": keep}
+        assert processor._apply_hf_processor_main(data, options)["grid"].tolist() == rows
+        assert processor._apply_hf_processor_main({}, options) == {}
+    with pytest.raises(ValueError, match="144"):
+        processor._apply_hf_processor_main(data, {"keep": 145})
+    item = {"grid": SimpleNamespace(data=torch.tensor([16, 1, 144]))}
+    for shown in (item, None):  # the second time vLLM has the picture in its cache
+        result = {"mm_hashes": {"image": 2 * ["a"]}, "mm_kwargs": {"image": 2 * [shown]}}
+        processor.apply({**result, "prompt_token_ids": [1] * (1024 - 256)}, None)
+        with pytest.raises(ValueError, match="1025 positions.* 1024"):
+            processor.apply({**result, "prompt_token_ids": [1] * (1025 - 256)}, None)
 
 
 def test_rows_and_columns_survive_half_precision():
