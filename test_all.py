@@ -2145,13 +2145,13 @@ def test_a_model_gets_its_own_pruner_or_none(vlm, tmp_path, monkeypatch, capsys)
         complaint("need the thresholds of a trained", loaded, *options)
 
 
-def test_half_precision_reaches_the_scorer_on_a_gpu_alone(vlm, monkeypatch):
+def test_half_precision_reaches_the_scorer_on_a_gpu_alone(monkeypatch):
     args = SimpleNamespace(pruner=None, model=None, choose=None, device="cpu", dtype="bfloat16")
     frozen = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
-    fake = SimpleNamespace(processor=True, width=128, model=frozen)
-    assert infer.load_pruned(args, lambda *_: fake)[1].head.weight.dtype == torch.float32
+    monkeypatch.setattr(infer, "load", lambda *_: SimpleNamespace(processor=True, width=128, model=frozen))
+    assert infer.load_pruned(args)[1].head.weight.dtype == torch.float32
     frozen.device = torch.device("meta")  # any but the CPU
-    assert infer.load_pruned(args, lambda *_: fake)[1].head.weight.dtype == torch.bfloat16
+    assert infer.load_pruned(args)[1].head.weight.dtype == torch.bfloat16
 
 
 def test_the_cost_of_a_prefill_is_what_torch_counts(backbone):
@@ -2655,11 +2655,12 @@ def test_benchmarks_are_answered_in_their_order_whatever_the_batches(lmms_module
     vlm, documents = model.vlm, [[SCENES[i % 3].convert("RGBA")] for i in range(12)]
     model.task_dict = {"task": {"test": documents}}
     limits = [None, 3, 128, 3, 1, None, 3, 3, 3, 3, 128, 1]
-    requests = [request(i, f"<image>\n{QUESTIONS[i // 4]}", max_new_tokens=n) for i, n in enumerate(limits)]
+    texts = [QUESTIONS[i // 2 % 3] for i in range(12)]
+    requests = [request(i, f"<image>\n{texts[i]}", max_new_tokens=n) for i, n in enumerate(limits)]
     groups = list(model.batches(requests))
     assert sorted(sum((part for part, _ in groups), [])) == list(range(12)) and max(len(part) for part, _ in groups) == 4
     for i, (answer, counts) in enumerate(model.generate_until(requests)):
-        inputs = vlm.inputs([SCENES[i % 3]], [QUESTIONS[i // 4]])
+        inputs = vlm.inputs([SCENES[i % 3]], [texts[i]])
         X = vlm.encode(inputs)
         assert answer == vlm.generate(inputs, X, model.choose(X, inputs), limits[i] or 128)[0]
         assert counts["input_tokens"] == inputs["input_ids"].shape[1] - 144 + 16

@@ -17,8 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from throttler import select
 
-UNTRAINED = ("diversity", "coverage", "DPP", "uniform", "CLS", "norm", "random")  # for --choose
-
 
 # --- choices from places or lengths alone ---------------------------------------------------------
 
@@ -190,6 +188,17 @@ def cls_attention(vlm, inputs, hidden=None):
 
 # --- all of them, by name -------------------------------------------------------------------------
 
+BY_FEATURES = {
+    "diversity": max_min_diversity,
+    "coverage": coverage,
+    "DPP": dpp,
+    "uniform": uniform_grid,
+    "norm": feature_norm,
+    "random": random_tokens,
+}
+UNTRAINED = (*BY_FEATURES, "CLS")  # for --choose
+
+
 def each_image(choose, X, inputs, K):
     """choose(X, K); image by image where they have different numbers of tokens, and K is (B,)."""
     if not torch.is_tensor(K):
@@ -197,7 +206,7 @@ def each_image(choose, X, inputs, K):
     keeps = []
     for x, real, k in zip(X, inputs["valid"], K.tolist()):
         keeps.append(choose(x[real][None], k)[0])
-    return pad_sequence(keeps, batch_first=True, padding_value=-1, padding_side="left")  # (B, most)
+    return pad_sequence(keeps, True, -1, "left")  # (B, most)
 
 
 def criteria(vlm):
@@ -205,19 +214,12 @@ def criteria(vlm):
 
     choose gives keep (B, K); "pooling", which changes tokens, gives (other tokens, keep).
     """
-    choices = {
-        "random": random_tokens,
-        "norm": feature_norm,
-        "diversity": max_min_diversity,
-        "DPP": dpp,
-        "coverage": coverage,
-    }
-    layers = getattr(vlm, "layers", None)  # LLaVA's: X is a square of patches from this layer
-    if layers and vlm.tokens:
-        choices |= {"uniform": uniform_grid, "pooling": average_pooling}
-    choices = {name: partial(each_image, choose) for name, choose in choices.items()}
-    if layers and vlm.tokens and layers[-1] < 0:
-        # SigLIP has no class token
-        if vlm.model.config.vision_config.model_type == "clip_vision_model":
-            choices["CLS"] = lambda X, inputs, K: select(cls_attention(vlm, inputs), K)
+    choices = {name: partial(each_image, choose) for name, choose in BY_FEATURES.items()}
+    if not vlm.tokens:  # else LLaVA's: a square of patches, from one of the encoder's layers
+        del choices["uniform"]
+        return choices
+    choices["pooling"] = partial(each_image, average_pooling)
+    kind = vlm.model.config.vision_config.model_type
+    if kind == "clip_vision_model" and vlm.layers[-1] < 0:  # SigLIP has no class token
+        choices["CLS"] = lambda X, inputs, K: select(cls_attention(vlm, inputs), K)
     return choices

@@ -145,8 +145,8 @@ def threshold_of(budget, settings, N):
                          "too few images; give a number without ~")
     if budget.count and (N is None or N != settings["tokens"]):
         varied = "a varying number of"
-        raise InputError(f"{pruner} was trained with {settings['tokens'] or varied} visual tokens, and "
-                         f"this model has {N or varied} tokens; give a share, as ~11.1%")
+        raise InputError(f"{pruner} was trained with {settings['tokens'] or varied} visual tokens, "
+                         f"and this model has {N or varied} tokens; give a share, as ~11.1%")
     share = budget.share or budget.count / N
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
         raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the "
