@@ -2949,7 +2949,7 @@ class Stock:
         return answer, first
 
 
-def png(picture):
+def png_url(picture):
     file = io.BytesIO()
     picture.save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -3029,12 +3029,12 @@ def test_vllm_answers_as_the_stock_model_with_dropped_tokens_masked(kind, flags,
         check(double)
         check(double[:6], "10")
         damaged = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
-        refusals = [(post(port, [png(pictures[0])], "?", mm_processor_kwargs={"keep": keep}), words)
+        refusals = [(post(port, [png_url(pictures[0])], "?", mm_processor_kwargs={"keep": keep}), words)
                     for keep, words in (("~10", "no budget on average"), ("lots", "is no budget"), (0, "is no budget"))]
         refusals.append((post(port, [damaged], "?"), "Failed to load image"))
         if kind == "llava":
-            refusals.append((post(port, 8 * [png(pictures[0])], "?"), "1024"))  # 8 x 144 positions
-            too_many = post(port, [png(pictures[0])], "?", mm_processor_kwargs={"keep": 145})
+            refusals.append((post(port, 8 * [png_url(pictures[0])], "?"), "1024"))  # 8 x 144 positions
+            too_many = post(port, [png_url(pictures[0])], "?", mm_processor_kwargs={"keep": 145})
             refusals.append((too_many, "144 visual tokens"))
         for (status, sentence), words in refusals:
             assert status == 400 and words in sentence and "\n" not in sentence
