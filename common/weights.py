@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import (AutoFeatureExtractor, AutoModelForImageTextToText, AutoTokenizer,
-                          GenerationConfig, LlavaForConditionalGeneration, PreTrainedConfig)
+                          GenerationConfig, PreTrainedConfig)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -93,12 +93,8 @@ def supported(kind):
     return kind
 
 
-def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None,
-               part=None):
-    """(model, processor) from a folder or the hub; (model, None) for 'random:' and its names.
-
-    part: a class to read in place of the model's own, as Encoder.
-    """
+def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None):
+    """(model, processor) from a folder or the hub; (model, None) for 'random:' and its names."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -114,28 +110,12 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
     with one_line(name, "reading config.json"):
         source = find(name)
         kind = supported(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
-        if part and kind != part.config_class.model_type:
-            raise InputError(f"is of type {kind}, and only {part.config_class.model_type} "
-                             "(LLaVA-1.5) can be read in part; use infer.py")
     with one_line(name, "reading the weights"):
-        whole = AutoModelForImageTextToText
-        model = read_weights(source, dtype, attention, device_map, part or whole)
+        model = read_weights(source, dtype, attention, device_map)
         if device_map is None:
             model.to(device)
     with one_line(name, "reading tokenizer.json and the processor's files"), hushed():
         return model, read_processor(source, kind)
-
-
-class Encoder(LlavaForConditionalGeneration):
-    """LLaVA-1.5 without its language model, of which no weight is read."""
-    _keys_to_ignore_on_load_unexpected, _tied_weights_keys = ["language_model", "lm_head"], {}
-
-    def __init__(self, config):
-        super().__init__(config)  # in no memory: from_pretrained() fills a model on the meta device
-        self.lm_head = self.model.language_model = torch.nn.Identity()
-
-    def get_input_embeddings(self):  # how many there are is all that is asked of it
-        return torch.nn.Embedding(self.config.text_config.vocab_size, 1, device="meta")
 
 
 def find(name):
@@ -156,12 +136,11 @@ def find(name):
     return folder or name
 
 
-def read_weights(source, dtype, attention, device_map, model):
-    """The model, if its safetensors are what config.json describes: the rest would be random."""
-    model, report = model.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, device_map=device_map,
-        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True)
+def read_weights(source, dtype, attention, device_map):
+    """The model, if its safetensors are what config.json describes: what is missing would be random."""
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, attn_implementation=attention, device_map=device_map, use_safetensors=True,
+        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     for key, stored, described in sorted(report["mismatched_keys"]):
         wrong.append(f"{key} is {tuple(stored)} in the weights, {tuple(described)} in config.json")

@@ -25,32 +25,27 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from common import criteria
 from common.budget import Budget
+from common.criteria import UNTRAINED, criteria
 from common.files import ROOT, InputError, cli, portable, short
 from common.pruner import RANKINGS, fingerprint, load_pruner
 from common.weights import find, one_line, read_processor
 from data.pictures import read_image
 from data.questions import answer_file, read_questions, score
 from infer import add_question_arguments
+from model import VLM
 from throttler import select
 
 CLASSES = {
     "llava": "LlavaPruned",
     "qwen2_5_vl": "Qwen2_5_VLPruned",
     "qwen3_vl": "Qwen3VLPruned",
-}
-UNTRAINED = {
-    "diversity": criteria.max_min_diversity,
-    "coverage": criteria.coverage,
-    "DPP": criteria.dpp,
-    "uniform": criteria.uniform_grid,
-    "norm": criteria.feature_norm,
-    "random": criteria.random_tokens,
 }
 DIGITS = 4  # channels beside an embedding: two for the row, two for the column
 
@@ -77,7 +72,7 @@ def width_of(config):
 
 
 def grids_of(config, data):
-    """(rows, columns) of visual tokens, for each picture in a processor's data; LLaVA has one row."""
+    """(rows, columns) of visual tokens, of each picture in a processor's data; LLaVA has one row."""
     if config.model_type == "llava":
         return [(1, tokens_of(config))] * len(data.get("pixel_values", []))
     merge = config.vision_config.spatial_merge_size
@@ -96,16 +91,24 @@ def parse_budget(keep, N=None):
     return budget
 
 
-def load_choice(pruner, choose):
-    """choose(X (N, d_v), K) -> places (K,), ascending, by a pruner's folder or by a criterion."""
-    if pruner is None:
-        return lambda X, K: UNTRAINED[choose](X[None], K)[0]
-    scorer, _ = load_pruner(pruner)
+def untrained(config):
+    """{name: choose(X (1, N, d_v), inputs, K)} of the criteria that go by X alone."""
+    fitting = criteria(SimpleNamespace(tokens=tokens_of(config), layers=[0]))
+    return {name: fitting[name] for name in UNTRAINED if name in fitting}
+
+
+def load_choice(config):
+    """choose(X (N, d_v), K) -> places (K,), ascending, as overrides() settled it."""
+    if config.pruner is None:
+        criterion = untrained(config)[config.choose]
+        return lambda X, K: criterion(X[None], None, K)[0]
+    scorer, _ = load_pruner(config.pruner)
 
     def by_scores(X, K):
-        X = X[None]
-        scores = scorer.to(X.device)(X)  # (1, N)
-        return select(RANKINGS[choose](scores, X), K)[0]
+        if X.is_cuda:
+            scorer.to(X)  # in its number type, as in infer.py
+        scores = scorer(X[None])  # (1, N)
+        return select(RANKINGS[config.choose](scores, X[None]), K)[0]
     return by_scores
 
 
@@ -219,7 +222,7 @@ class Pruned:
         text.max_position_embeddings += further
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text.max_position_embeddings -= further
-        self.choose = load_choice(config.pruner, config.choose)
+        self.choose = load_choice(config)
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.steps = torch.zeros(3, most, dtype=torch.long)  # from the picture's first position
         self.places = torch.zeros(3, most, dtype=torch.long)
@@ -291,14 +294,15 @@ class PrunedLlava(Pruned):
 def refuse(vllm_config):
     """ValueError for what would give wrong answers."""
     parallel, pictures = vllm_config.parallel_config, vllm_config.model_config.multimodal_config
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError("--pipeline-parallel-size: later stages do not know the tokens' places")
-    if parallel.enable_dbo:
-        raise ValueError("--enable-dbo: half a batch does not know its tokens' places")
-    if pictures.enable_mm_embeds:
-        raise ValueError("--enable-mm-embeds: without a picture there is nothing to choose from")
-    if pictures.is_multimodal_pruning_enabled():
-        raise ValueError("--video-pruning-rate: it renumbers the tokens of pictures, too")
+    wrong = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        "--enable-mm-embeds": pictures.enable_mm_embeds,
+        "--video-pruning-rate": pictures.is_multimodal_pruning_enabled(),
+    }
+    for flag, given in wrong.items():
+        if given:
+            raise ValueError(f"{flag}: with it the model would not learn where its tokens stand")
 
 
 def register():
@@ -334,10 +338,10 @@ def parse_arguments():
     add = parser.add_argument
     add("model", help="folder or hub name of a LLaVA-1.5, Qwen2.5-VL or Qwen3-VL")
     add("--pruner", metavar="DIR", help="folder with the pruner that was trained for it")
-    add("--choose", choices=[*RANKINGS, *UNTRAINED], help=f"{' or '.join(RANKINGS)} by the pruner "
-        "(default: as it was trained); the others go without (default: diversity)")
+    add("--choose", choices=[*RANKINGS, *UNTRAINED], help="distinct and top go by the pruner "
+        "(default: as it was trained), the others without one (default: diversity)")
     add("--keep", metavar="K", help="visual tokens to keep of each picture: a number, a share as "
-        "11.1%%, or all (default: as the pruner was trained)")
+        "11.1%%, or all (default: as the pruner was trained; without one 11.1%%)")
     add("--max-new-tokens", type=int, default=128, metavar="N",
         help="tokens of an answer to a question of a file (default: %(default)s)")
     add_question_arguments(parser, batch=256)
@@ -346,28 +350,23 @@ def parse_arguments():
 
 def overrides(args, config):
     """What --hf-overrides tells vLLM: the class and its settings. InputError if they do not fit."""
-    name = CLASSES.get(config.model_type)
+    name, N = CLASSES.get(config.model_type), tokens_of(config)
     if name is None:
         raise InputError(f"{args.model}: is of type {config.model_type}; inside vLLM only "
                          f"{', '.join(CLASSES)} can be pruned, others by infer.py")
-    pruner, keep, choose, N = args.pruner, args.keep, args.choose, tokens_of(config)
-    if pruner:
-        _, settings = load_pruner(pruner)
-        keep = keep or settings["keep"]
-        choose = choose or settings["choose"]
-        pruner = str(Path(pruner).resolve())
-        if settings["width"] != width_of(config):
-            raise InputError(f"{args.pruner}: was trained for features {settings['width']} wide, "
+    if args.pruner:
+        _, trained = load_pruner(args.pruner)
+        pruner, fitting = str(Path(args.pruner).resolve()), RANKINGS
+        if trained["width"] != width_of(config):
+            raise InputError(f"{args.pruner}: was trained for features {trained['width']} wide, "
                              f"and {args.model} has {width_of(config)}; give this model's pruner")
-    choose = choose or "diversity"
-    if pruner and choose not in RANKINGS:
-        raise InputError(f"--choose {choose}: goes without a pruner; leave out --pruner")
-    if not pruner and choose in RANKINGS:
-        raise InputError(f"--choose {choose}: goes by a pruner; give one with --pruner")
-    if choose == "uniform" and N is None:
-        raise InputError("--choose uniform: is for square pictures; take another for this model")
-    if keep is None:
-        raise InputError("--keep: say how many visual tokens to keep, as 64 or 11.1%")
+    else:
+        trained = {"keep": "11.1%", "choose": "diversity"}
+        pruner, fitting = None, untrained(config)
+    keep, choose = args.keep or trained["keep"], args.choose or trained["choose"]
+    if choose not in fitting:
+        raise InputError(f"--choose {choose}: for this model, {'with' if pruner else 'without'} a "
+                         f"pruner, it must be one of {', '.join(fitting)}")
     try:
         parse_budget(keep, N)
     except ValueError as e:
@@ -404,29 +403,16 @@ def start(model, settings, flags):
 
 
 def prompt_of(row, processor, config, most):
-    """(token ids with one place for the picture, how long the answer may be) of a question.
-
-    InputError names the row that the model cannot take.
-    """
-    tokenizer, where = processor.tokenizer, row["where"]
-    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-    content = [{"type": "image"}, {"type": "text", "text": row["text"]}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                         chat_template=template, add_generation_prompt=True)
-    try:
-        ids = tokenizer(text).input_ids
-    except (TypeError, UnicodeEncodeError):
-        raise InputError(f"{where}: has half a character in it (a lone surrogate); "
-                         "take it out") from None
-    if ids[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, too
-        ids = ids[1:]
-    if ids.count(config.image_token_id) != 1:
-        raise InputError(f"{where}: has {processor.image_token} in it, which stands for the "
-                         "picture; take it out")
+    """(token ids with one place for the picture, how long the answer may be) of a question."""
+    where = row["where"]
+    with one_line(where, "reading the question", cure="; mend it"):
+        prompts = VLM.prompts(SimpleNamespace(processor=processor), [row["text"]])
+        ids = processor.tokenizer(prompts[0]).input_ids
     N = tokens_of(config) or 1
     room = config.get_text_config().max_position_embeddings - (len(ids) - 1 + N)
-    if room < 1:
-        raise InputError(f"{where}: is {1 - room} tokens too long for the model; shorten it")
+    if room < 1 or ids.count(config.image_token_id) != 1:
+        raise InputError(f"{where}: is too long for the model, or has {processor.image_token} in "
+                         "it, which stands for the picture; change it")
     return ids, min(most, room)
 
 
@@ -457,6 +443,8 @@ def answer_questions(args, model, config, settings, flags):
     rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
     with one_line(args.model, "reading its processor"):
         processor = read_processor(model, config.model_type)
+        tokenizer = processor.tokenizer
+        tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     llm = start(model, settings, flags)
     pruner = settings["pruner"] and fingerprint(load_pruner(settings["pruner"])[0])
     made = {"model": portable(args.model), "pruner": pruner, "choose": settings["choose"],
