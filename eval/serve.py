@@ -25,14 +25,13 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from common.budget import Budget
-from common.criteria import UNTRAINED, criteria
+from common.criteria import BY_FEATURES, UNTRAINED
 from common.files import ROOT, InputError, cli, portable, short
 from common.pruner import RANKINGS, fingerprint, load_pruner
 from common.weights import find, one_line, read_processor
@@ -92,16 +91,17 @@ def parse_budget(keep, N=None):
 
 
 def untrained(config):
-    """{name: choose(X (1, N, d_v), inputs, K)} of the criteria that go by X alone."""
-    fitting = criteria(SimpleNamespace(tokens=tokens_of(config), layers=[0]))
-    return {name: fitting[name] for name in UNTRAINED if name in fitting}
+    """{name: choose(X (1, N, d_v), K)} of the criteria that go by X alone."""
+    if tokens_of(config):
+        return BY_FEATURES
+    return {name: choose for name, choose in BY_FEATURES.items() if name != "uniform"}
 
 
 def load_choice(config):
     """choose(X (N, d_v), K) -> places (K,), ascending, as overrides() settled it."""
     if config.pruner is None:
         criterion = untrained(config)[config.choose]
-        return lambda X, K: criterion(X[None], None, K)[0]
+        return lambda X, K: criterion(X[None], K)[0]
     scorer, _ = load_pruner(config.pruner)
 
     def by_scores(X, K):
