@@ -25,6 +25,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig
