@@ -34,6 +34,7 @@ from common import architectures
 from common.files import InputError, short
 from common.weights import (complete, find, hushed, image_token, one_line, read_model,
                             read_processor, supported, time_limit)
+from data.pictures import read_image  # noqa: F401 (one import brings what a script needs)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what a stock model may tell its LLM, by shape
