@@ -696,8 +696,9 @@ def captions_file(folder, field="images", changes={}):
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, monkeypatch):
     """tiny(…): a run of six steps on the example scenes, to tmp_path/out."""
+    monkeypatch.setattr(train, "SPARSE", 1)
     argv = "--keep 20 --steps 6 --batch 4 --eval-every 2 --save-every 1 --workers 0 --device cpu".split()
     return functools.partial(run, train.main, "--data", captions_file(tmp_path), "--images", PICTURES, "--model", TINY,
                              "--out", tmp_path / "out", *argv)
@@ -982,6 +983,12 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
     scorer, settings = pruner.load_pruner(tmp_path / "out")
     assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
     assert len(closing) == 2 and all(weight.equal(at[4]) for weight in closing)
+
+
+def test_evaluations_are_rare_until_tau_is_down(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(train, "SPARSE", 3)
+    tiny("--steps", 16)
+    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 6, 8, 10, 12, 14, 15]
 
 
 def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, tiny, capsys, monkeypatch):

@@ -43,6 +43,7 @@ from model import DTYPES, add_device_arguments, load, number_type
 from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
+SPARSE = 5  # while tau falls no scorer is kept, and evaluations are so many times rarer
 
 
 # --- the method -----------------------------------------------------------------------------------
@@ -314,7 +315,8 @@ def train(args, parts=Parts()):
         optimizer.zero_grad(set_to_none=True)
 
         # now and then: evaluate on the deployed path, log, keep the best scorer
-        if step % args.eval_every == 0 or step == args.steps - 1:
+        every = args.eval_every if tau == temperature(1) else SPARSE * args.eval_every
+        if step % every == 0 or step == args.steps - 1:
             unseen = batches.with_noise(Captions(held_out), unseen_samples)
             full = run.curve[0]["full_loss"] if run.curve else None
             losses = held_out_losses(graph, unseen, budget, tau, processes, parts, full)
@@ -415,7 +417,7 @@ def add_arguments(ap):
     add("--watch", nargs="+", type=portable, default=[], metavar="IMG", help="pictures whose alpha "
         "is recorded in watched.json; python -m results.draw training makes a moving picture of it")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations on held-out "
-        "captions (default: a twentieth of all)")
+        "captions, once tau is down (default: a twentieth of all)")
     add("--save-every", type=int, default=100, metavar="STEPS",
         help="steps between checkpoints (default: %(default)s)")
     workers = max(0, min(4, (os.cpu_count() or 1) // 2 - 1))
