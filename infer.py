@@ -72,24 +72,23 @@ def add_choice_arguments(parser):
         "image's mean, at least one (a negative T as --threshold=-1)")
 
 
-def add_question_arguments(parser, batch=16, required=False):
+def add_question_arguments(parser, batch=16):
     """--questions, --images, --answers, --overwrite, --batch: what answer_questions needs."""
     add = parser.add_argument_group("question files").add_argument
-    add("--questions", type=Path, metavar="JSONL", required=required,
-        help="a question file instead of a picture")
+    add("--questions", type=Path, metavar="JSONL", help="a question file instead of a picture")
     add("--images", metavar="DIR", help="folder of its pictures (default: the file's own)")
-    add("--answers", type=Path, metavar="JSONL", required=required,
+    add("--answers", type=Path, metavar="JSONL",
         help="file for the answers; if it is unfinished, it is continued")
     add("--overwrite", action="store_true", help="replace the file that --answers or --show names")
     add("--batch", type=int, default=batch, metavar="N",
         help="questions at a time (default: %(default)s)")
 
 
-def load_pruned(args, kind=None):
+def load_pruned(args):
     """(vlm, scorer, settings) by those arguments; scorer is None where a criterion chooses.
 
-    Never the pruner of another model, unless --pruner names it. kind: a class in place of load().
-    InputError if they do not fit each other.
+    Never the pruner of another model, unless --pruner names it. InputError if they do not fit each
+    other.
     """
     folder, why = args.pruner, "by --pruner"
     without = str(folder) == "none"
@@ -114,7 +113,7 @@ def load_pruned(args, kind=None):
             print(f"warning: this pruner was trained for {settings['model']}; of another model's "
                   "tokens it knows nothing", file=sys.stderr)
 
-    vlm = (kind or load)(name, args.device, DTYPES[number_type(args)])
+    vlm = load(name, args.device, DTYPES[number_type(args)])
     if vlm.processor is None:
         raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
     if scorer:
@@ -233,7 +232,7 @@ def prefill_cost(vlm, L):
 
     A multiply-add is two FLOPs. Of a mixture of experts those count that a token goes through.
     """
-    config, layers = vlm.model.config.get_text_config(), vlm.model.get_decoder().layers
+    config, layers = vlm.model.config.get_text_config(), vlm.decoder.layers
     heads, D = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or D // heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)

@@ -61,9 +61,10 @@ class Pruned(lmms):
         if len(pictures) != 1 or not isinstance(pictures[0], Image.Image) or not greedy:
             raise InputError(f"{where}: {len(pictures)} pictures or videos, {options}; it must be "
                              "one picture, and greedy")
-        text = text.replace("<image>", "").replace(self.vlm.processor.image_token, "").strip()
+        for placeholder in {"<image>", *self.vlm.placeholders}:
+            text = text.replace(placeholder, "")
         self.vlm.check_text(text, where)
-        return upright(pictures[0]), text
+        return upright(pictures[0]), text.strip()
 
     def batches(self, requests):
         """(numbers of requests, new tokens at most), alike in length, so that little is padding."""
