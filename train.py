@@ -194,7 +194,7 @@ def check_contents(run, args, vlm, pairs, questions):
     for row in questions:
         vlm.check_text(row["text"], row["where"])
 
-    captions = repr([texts for _, texts in pairs]).encode()
+    captions = repr([(path.name, texts) for path, texts in pairs]).encode()
     contents = {f"--model {portable(args.model)}": fingerprint(vlm.model),
                 f"--data {portable(data)}": hashlib.sha256(captions).hexdigest()}
     run.check_contents(contents | digests(pairs))

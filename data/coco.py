@@ -41,6 +41,9 @@ def check_present(pictures, folders, most=0):
     absent = [path for path in pictures if not os.path.isfile(path)]
     if not absent:
         return
+    for folder in folders:
+        if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+            raise InputError(f"{folder}: no picture in it may be opened; change its permissions")
     message = (f"{pictures[absent[0]]}: no file {absent[0].name!r:.60} in "
                f"{' or '.join(map(str, folders))}; {len(absent)} of {len(pictures)} are absent: ")
     if len(absent) <= most:
@@ -126,20 +129,23 @@ def split(pairs, seed):
     return [items[i] for i in sorted(order[n:])], [items[i] for i in sorted(order[:n])]
 
 
+def digest(path):
+    """Twelve hex digits of a file, by its size and up to 64 kB from the middle. None if absent."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            file.seek(max(0, size // 2 - 2 ** 15))
+            content = file.read(2 ** 16)
+    except OSError:
+        return None
+    return hashlib.sha256(b"%d " % size + content).hexdigest()[:12]
+
+
 def digests(pairs, most=1000):
-    """{path: digest} of the pictures, or of 1,000 that are evenly drawn: by size, and up to 64 kB
-    from the middle. What is absent has none."""
-    found = {}
-    for path, _ in pairs[::-(-len(pairs) // most)]:
-        try:
-            size = os.path.getsize(path)
-            with open(path, "rb") as file:
-                file.seek(max(0, size // 2 - 2 ** 15))
-                content = file.read(2 ** 16)
-        except OSError:
-            continue
-        found[os.path.abspath(path)] = hashlib.sha256(b"%d " % size + content).hexdigest()[:12]
-    return found
+    """{path: digest} of the pictures, or of 1,000 that are evenly drawn, but for absent ones."""
+    some = [path for path, _ in pairs[::-(-len(pairs) // most)]]
+    found = {os.path.abspath(path): digest(path) for path in some}
+    return {path: digits for path, digits in found.items() if digits}
 
 
 def generator(*key, device="cpu"):

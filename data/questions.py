@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common.files import InputError, check_writable, lock, read_text, short, write
-from data.coco import check_present, picture_path
+from data.coco import check_present, digest, picture_path
 
 NEEDED = "one JSON object a line, or a list of them"
 
@@ -33,7 +33,10 @@ def read_questions(path, images=None, need=("image", "text", "label")):
         for field in need:
             if not isinstance(row, dict) or row.get(field) in (None, "", []):
                 raise InputError(f"{where}: has no {field}; each question needs {', '.join(need)}")
-        if not isinstance(row["text"], str) or isinstance(row.get("label"), (dict, bool)):
+        label = row.get("label")
+        labels = label if isinstance(label, list) else [label]
+        no_word = any(isinstance(one, (dict, bool, list)) for one in labels)
+        if not isinstance(row["text"], str) or no_word:
             raise InputError(f"{where}: text must be a string, label a string or a list of "
                              "accepted ones")
         image = picture_path(folders, row["image"], where)
@@ -87,10 +90,11 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     does.
 
     Each batch is appended as it comes, and the whole put in order at the end. An answer_id stands
-    for settings and question: the file of a killed run is continued; one that was made otherwise,
-    that another run writes, or that is something else, refused.
+    for settings, question and picture: the file of a killed run is continued; one that was made
+    otherwise, that another run writes, or that is something else, refused.
     """
-    lines = [answer_row(i, row, settings) for i, row in enumerate(rows)]
+    pictures = {image: digest(image) for image in {row["image"] for row in rows}}
+    lines = [answer_row(i, row, settings, pictures[row["image"]]) for i, row in enumerate(rows)]
     try:
         check_writable(path)
         with open(path, "a+b") as file:
@@ -115,9 +119,9 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     return [line["text"] for line in done]
 
 
-def answer_row(i, row, settings):
-    """The line that answers question number i, without its text."""
-    key = json.dumps([settings, i, row["question_id"], row["text"]])
+def answer_row(i, row, settings, picture):
+    """The line that answers question number i, without its text; picture: a digest."""
+    key = json.dumps([settings, i, row["question_id"], row["text"], picture])
     return {"question_id": row["question_id"], "prompt": row["text"], "text": "",
             "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
             "model_id": settings["model"], "metadata": settings}
@@ -141,7 +145,7 @@ def read_answers(path, file, lines, settings):
     for other in others:
         changed = [f"{name} {other.get(name)} (now {settings.get(name)})"
                    for name in {**other, **settings} if other.get(name) != settings.get(name)]
-        cause = ", ".join(changed) or "other questions"
+        cause = ", ".join(changed) or "other questions or pictures"
         raise InputError(f"--answers {path}: was made with {cause}; give another name, or "
                          "--overwrite it")
     if done:
