@@ -97,7 +97,9 @@ def load_pruned(args):
     scorer, settings = None, {"keep": "11.1%"}
     if folder:
         scorer, settings = load_pruner(folder)
-    name = args.model or settings["model"]
+    name = args.model or settings.get("model")
+    if not name:
+        raise InputError("--model: is empty, and no pruner names one; give a folder or a hub name")
 
     if without or args.choose in UNTRAINED or scorer is None:
         if args.choose in RANKINGS:
@@ -105,6 +107,8 @@ def load_pruned(args):
                              f"{name}; train one, give its folder with --pruner, or choose by "
                              + ", ".join(UNTRAINED))
         scorer, settings["choose"] = None, args.choose or "diversity"
+        if without:
+            settings["keep"] = "11.1%"  # not what that pruner was trained for
         until = "" if args.choose else ", until one is trained by train.py (or given by --pruner)"
         print(f"model {name}, no pruner: {settings['choose']} chooses{until}", file=sys.stderr)
     else:
@@ -235,18 +239,22 @@ def prefill_cost(vlm, L):
     config, layers = vlm.model.config.get_text_config(), vlm.decoder.layers
     heads, D = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or D // heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     recurrent = kinds.count("linear_attention") + kinds.count("conv")
     attending = len(kinds) - recurrent  # layers with a KV cache
+    # each class has its own name for how many experts a token goes through
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    experts = max(getattr(config, name, None) or 0 for name in names)
     weights = 0  # that a token meets
     for p in layers.parameters():
         if p.dim() == 2:
             weights += p.numel()
         elif p.dim() == 3:  # (experts, …)
-            weights += p[0].numel() * getattr(config, "num_experts_per_tok", 0)
+            weights += p[0].numel() * experts
     attention = 2 * L * L * heads * size * attending  # Q·Kᵀ, and as many for A·V
     logits = D * config.vocab_size  # of the last token alone
-    cache = 2 * L * config.num_key_value_heads * size * attending * vlm.model.dtype.itemsize
+    cache = 2 * L * pairs * size * attending * vlm.model.dtype.itemsize
     return cache, 2 * (L * weights + attention + logits)
 
 
@@ -346,8 +354,7 @@ def check_inference(args):
         raise InputError("give a picture, or --questions together with --answers")
     if args.threshold is not None and (args.keep or not math.isfinite(args.threshold)):
         raise InputError(f"--threshold {args.threshold}: must be finite, and without --keep")
-    if min(args.batch, args.max_new_tokens) < 1:
-        raise InputError("--batch and --max-new-tokens must be 1 or more")
+    check_questions(args)
     if args.image == "-" and not (args.question and sys.stdin):
         raise InputError("-: a picture from standard input needs its question on the command line")
     if args.question is not None and not args.question.strip():
@@ -360,12 +367,18 @@ def check_inference(args):
         if args.show.exists() and not (args.overwrite or drawn_here(args.show)):
             raise InputError(f"--show {args.show}: is there, and was not drawn by infer.py; give "
                              "another name, or --overwrite it")
-    if args.answers:
-        check_place("--answers", args.answers, args.questions, (".jsonl",))
     try:
         return Budget.parse(args.keep) if args.keep else None
     except ValueError as e:
         raise InputError(f"--keep {e}") from None
+
+
+def check_questions(args):
+    """InputError for counts that cannot be, and where --answers may not be written."""
+    if min(args.batch, args.max_new_tokens) < 1:
+        raise InputError("--batch and --max-new-tokens must be 1 or more")
+    if args.answers:
+        check_place("--answers", args.answers, args.questions, (".jsonl",))
 
 
 def drawn_here(path):

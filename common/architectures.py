@@ -107,7 +107,7 @@ def boxes(model, inputs, tokens=None):
     All four are 0 for a token that is no patch: a class token, the end of a row. Where all pictures
     have as many `tokens`, these are a square that the model cuts out. InputError if not known.
     """
-    vision = model.config.vision_config
+    vision = getattr(model.config, "vision_config", None)
     if tokens:
         side = vision.image_size // vision.patch_size
         patches = cells(side, side)

@@ -42,7 +42,7 @@ from common.pruner import RANKINGS, fingerprint, load_pruner
 from common.weights import find, one_line, read_processor
 from data.pictures import read_image
 from data.questions import answer_file, read_questions, score
-from infer import add_question_arguments
+from infer import add_question_arguments, check_questions
 from model import VLM
 from throttler import select
 
@@ -469,6 +469,7 @@ def main():
         raise InputError("--hf-overrides: this command says them to vLLM; leave them out")
     if (args.questions is None) != (args.answers is None):
         raise InputError("--questions and --answers go together")
+    check_questions(args)
     with one_line(args.model, "reading config.json"):
         model = str(find(args.model))
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
