@@ -366,7 +366,10 @@ def parse_arguments():
     args.repeats = args.repeats or (20 if on_gpu else 5)
     args.graphs = on_gpu if args.graphs is None else args.graphs
     if args.count:
-        args.device, args.model = "meta", args.model or "random:llava-1.5-7b"
+        if args.model not in (None, "random:llava-1.5-7b"):
+            raise InputError(f"--model {args.model}: launches are counted of random:llava-1.5-7b "
+                             "alone; leave --model out")
+        args.device, args.model = "meta", "random:llava-1.5-7b"
     return args
 
 
@@ -377,8 +380,6 @@ def main():
     N = vlm.dummy_inputs(1, args.text)["input_ids"].shape[1] - args.text
     counts = [N, *(budget.of(N) for budget in budgets(args.keep, vlm))]
     if args.count:
-        if vlm.tokens is None:
-            raise InputError(f"--model {name}: only of a LLaVA-1.5 are launches counted")
         unit = "torch's calls without views, on a GPU about one launch each"
         rows = measure(narrow(vlm), args, counts)
     elif args.device == "meta":  # nothing runs, so there is nothing to time

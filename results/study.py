@@ -473,7 +473,7 @@ def main():
         help="training steps (default: train.py's own; ceiling: 60)")
     add("--keep", nargs="+", metavar="K",
         help="ablations: the budgets (default: 48 32 16 8 4 ~16 ~8)")
-    add("--variants", nargs="+", metavar="NAME", help="gpu: only these parts")
+    add("--variants", nargs="+", choices=["training", *GPU], help="gpu: only these parts")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained "
         "runs; what is in it is not trained again (default: out/study)")
     add("--to", type=Path, default=ROOT / "results", metavar="DIR",
