@@ -194,6 +194,8 @@ def main():
     check(args, "seeds")
     rows = read_questions(args.questions or prepare() / "test.jsonl", args.images)
     vlm, scorer, settings = load_pruned(args)
+    for row in rows:
+        vlm.check_text(row["text"], row["where"])
     table = accuracy_table(vlm, scorer, settings, rows, budgets(args.keep, vlm), args.seeds,
                            args.others, args.choose)
     if args.json:
