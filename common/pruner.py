@@ -89,6 +89,8 @@ def load_pruner(folder):
         check_settings(settings)
         with torch.device("meta"):  # takes no memory, whatever width is named
             scorer = Scorer(settings["width"])
+        # safetensors calls a file absent that may not be read
+        open(folder / "scorer.safetensors", "rb").close()
         with safe_open(folder / "scorer.safetensors", "pt") as file:
             for name, t in scorer.state_dict().items():
                 if file.get_slice(name).get_shape() != list(t.shape):

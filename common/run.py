@@ -213,6 +213,7 @@ class Run:
 def read_checkpoint(path):
     """(tensors, state): all of a run in one file, so that its pieces always belong together."""
     try:
+        open(path, "rb").close()  # safetensors calls a file absent that may not be read
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
         return load_file(path), dict(state)
