@@ -857,7 +857,7 @@ def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
     ("infer PICTURE ? --keep 9 --threshold 1", "without --keep"), ("infer PICTURE ? --pruner no", "no:"),
     ("infer PICTURE --show k.png", "--show"), ("infer PICTURE ? --show no/k.png", "--show no/k.png"),
     ("infer PICTURE 'a <image>' --keep 9", "<image>"), ("infer --questions q --answers a.json", "ends in .jsonl"),
-    ("bench --keep 0", "--keep"), ("bench --json /no/x.json", "--json")])
+    ("bench --keep 0", "--keep"), ("bench --count", "leave --model out"), ("bench --json /no/x.json", "--json")])
 def test_wrong_arguments_are_one_line_and_leave_nothing(command, words, tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *argv = shlex.split(command.replace("PICTURE", str(PICTURE)))
@@ -1077,6 +1077,11 @@ def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
         refused = functools.partial(complaint, f"{other.name}: not the same content", tiny, *argv, "--resume")
         assert in_a_process(refused) == 0
         other.write_bytes(good)
+    names = captions_file(tmp_path).read_text(encoding="utf-8-sig")
+    for old, new in ((EXAMPLES[0].name, "-"), (EXAMPLES[1].name, EXAMPLES[0].name), ("-", EXAMPLES[1].name)):
+        names = names.replace(f'"{old}"', f'"{new}"')  # the same captions and pictures, paired otherwise
+    (tmp_path / "coco.json").write_text(names)
+    assert in_a_process(functools.partial(complaint, "^--data .* content", tiny, *argv, "--resume")) == 0
 
 
 def test_every_import_goes_down():
@@ -1404,6 +1409,13 @@ def test_other_classes_are_exact_or_recurrent_or_refused(name, monkeypatch):
     off = (logits_of(vlm, vlm.embed(inputs, X, keep)) - logits_of(vlm, oracle)).abs().max()
     assert off < 5e-5 if vlm.exact else off > 1
     assert vlm.exact == (name not in ("lfm2_vl", "minicpmv4_6"))
+    cost = infer.prefill_cost(vlm, 50)
+    assert min(cost) > 0
+    if name == "aria":  # its experts count
+        vlm.model.config.get_text_config().moe_topk += 1
+        assert infer.prefill_cost(vlm, 50)[1] > cost[1]
+    if not name.startswith("qwen"):
+        complaint("leave out --show", vlm.boxes, inputs)
     x = X.clone().requires_grad_()
     loss = vlm.loss(inputs, x, keep)
     slope, = torch.autograd.grad(loss, x)
@@ -1790,7 +1802,8 @@ def test_without_fcntl_nothing_is_locked_and_all_else_works(tmp_path, monkeypatc
 def test_who_may_not_read_or_write_is_told_so_before_any_work(tiny):
     """As a user who is not root, in a folder where others may write nothing."""
     folder = Path(tempfile.mkdtemp())
-    locked, dark = folder / "locked", folder / "dark.jsonl"
+    locked, dark, hidden = folder / "locked", folder / "dark.jsonl", folder / "hidden"
+    hidden.mkdir()
     (folder / "old.jsonl").write_text("{}")
     dark.write_text("{}")
 
@@ -1805,7 +1818,13 @@ def test_who_may_not_read_or_write_is_told_so_before_any_work(tiny):
         complaint("Permission denied", questions.read_questions, dark)
         complaint("Permission denied", coco_files.read_coco, dark)
         complaint("Permission denied.*permissions", read_image, dark)
+        complaint("Permission denied", pruner.load_pruner, folder)
+        complaint("Permission denied", running.read_checkpoint, folder / "scorer.safetensors")
+        complaint("no picture in it may be opened", coco_files.check_present, {hidden / "a.jpg": "a"}, [hidden])
     dark.chmod(0)
+    hidden.chmod(0o600)
+    pruner_folder(folder)
+    (folder / "scorer.safetensors").chmod(0)
     folder.chmod(0o555)
     assert in_a_process(attempts) == 0
     folder.chmod(0o755)
@@ -1846,7 +1865,7 @@ def test_question_files_of_all_forms_are_read(tmp_path):
     ([question(label=1), question(label="0")], "line 1: label 1 .*yes or no"), ([question(label=math.nan)] * 2, "no label"),
     ([question(), question(image="gone.jpg")], "line 2: no file .gone.jpg. .*1 of 2 .*fetch"),
     (b"[" * 200_000, "cannot be read"), (b'[{"image": null, "conversations": []}]', "scienceqa_img"), (b"\n", "no q"),
-    ([question(label=True)], "label")])
+    ([question(label=True)], "label"), ([question(label=["yes", True])], "label")])
 def test_what_is_wrong_in_a_question_file_is_named_in_a_short_line(content, words, tmp_path):
     need = ("question_id", "image", "text") + ("label",) * (words == "no label")
     complaint(f"q.jsonl: .*{words}", read, tmp_path / "q.jsonl", content, need)
@@ -1909,6 +1928,8 @@ def test_answers_replace_nothing_else_and_two_runs_do_not_mix(answer, tmp_path, 
         complaint("question file|file that is read|no answer file", answer, tmp_path / f"{name}.jsonl")
     complaint("too long", answer, tmp_path / (300 * "n" + ".jsonl"))
     complaint(r"keep 16 \(now 20\)", answer, real, "--keep", 20)
+    shutil.copy(EXAMPLES[1], tmp_path / PICTURE.name)
+    complaint("other questions or pictures", answer, real, "--images", tmp_path)
     with open(real) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         complaint("another run is writing", answer, real, "--overwrite")
@@ -2146,6 +2167,11 @@ def test_a_model_gets_its_own_pruner_or_none(vlm, tmp_path, monkeypatch, capsys)
     assert "no pruner: diversity chooses, until one is trained" in loaded("--model", "a/third")
     assert "no pruner: diversity chooses, until" in loaded("--pruner", "none", "--model", TINY)
     assert loaded("--choose", "DPP", "--model", "a/third") == "model a/third, no pruner: DPP chooses\n"
+    complaint("--model: is empty", loaded, "--model", "")
+    settings["keep"] = "9"
+    monkeypatch.setattr(infer, "load_pruner", lambda folder: (scorer, settings))
+    run(infer.main, PICTURE, QUESTIONS[0], "--device", "cpu", "--pruner", "none")
+    assert "kept 16 of 144" in capsys.readouterr().out, "11.1 %"
     for options in (("--pruner", "none", "--choose", "top"), ("--model", "a/third", "--choose", "distinct")):
         complaint(f"{options[-1]}: needs a pruner", loaded, *options)
     for options in (("--choose", "norm", "--keep", "~16"), ("--pruner", "none", "--threshold", "1")):
@@ -2399,6 +2425,9 @@ def test_accuracy_without_a_pruner_is_what_infer_answers(tmp_path, capsys):
     printed = dict(re.findall(r"^(\w+) +([\d.]+)$", capsys.readouterr().out, re.M))
     assert {kind: f"{100 * share:.1f}" for kind, share in shares.items()} == {kind: printed[kind] for kind in shares}
     assert json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])["metadata"]["pruner"] == "none"
+    files.write(tmp_path / "bad.jsonl", [question(text="Is <image> red?", image=str(PICTURE.name), label="no")])
+    complaint("bad.jsonl: line 1 has <image>", run, accuracy.main, *options, "--questions", tmp_path / "bad.jsonl",
+              "--images", PICTURES)
 
 
 @pytest.mark.parametrize("name", ["eval.accuracy", "eval.lmms", "eval.serve", "results.study", "results.draw"])
@@ -2801,12 +2830,16 @@ def test_rows_and_columns_survive_half_precision():
 
 def test_what_cannot_be_served_is_refused_and_the_rest_is_vllms(monkeypatch, tmp_path):
     own = ROOT / "data/shapes/pruner"
+    files.write(tmp_path / "q.jsonl", [question()])
+    asked = "--questions", tmp_path / "q.jsonl", "--answers"
     for words, argv in {"no budget on average": (TINY, "--pruner", own, "--keep", "~16"),
                         "144 visual tokens": (TINY, "--pruner", own, "--keep", 145),
                         "with a pruner.*distinct, top": (TINY, "--pruner", own, "--choose", "DPP"),
                         "without a pruner.*uniform": (TINY, "--choose", "top"),
                         "coverage, DPP, uniform, norm": (TINY, "--choose", "CLS"),
                         "together": (TINY, "--keep", 16, "--questions", "q.jsonl"),
+                        "1 or more": (TINY, "--keep", 16, *asked, tmp_path / "a.jsonl", "--batch", 0),
+                        "file that is read": (TINY, "--keep", 16, *asked, tmp_path / "q.jsonl", "--overwrite"),
                         "--hf-overrides": (TINY, "--keep", 16, "--hf-overrides={}")}.items():
         complaint(words, run, serve.main, *argv)
     config = json.loads((TINY / "config.json").read_text())
