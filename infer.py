@@ -100,6 +100,8 @@ def load_pruned(args):
     name = args.model or settings.get("model")
     if not name:
         raise InputError("--model: is empty, and no pruner names one; give a folder or a hub name")
+    if name.startswith("random:"):
+        raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
 
     if without or args.choose in UNTRAINED or scorer is None:
         if args.choose in RANKINGS:
@@ -118,8 +120,6 @@ def load_pruned(args):
                   "tokens it knows nothing", file=sys.stderr)
 
     vlm = load(name, args.device, DTYPES[number_type(args)])
-    if vlm.processor is None:
-        raise InputError(f"--model {name}: has random weights and no tokenizer; it is for bench.py")
     if scorer:
         if vlm.width != settings["width"]:
             raise InputError(f"{folder}: trained for features {settings['width']} wide, but {name} "

@@ -439,6 +439,8 @@ def check_arguments(args):
     args.questions = args.questions or ("none" if args.data else FOLDER / "test.jsonl")
     if args.model is None:
         args.model = "llava-hf/llava-1.5-7b-hf" if args.data else "data/shapes/llava"
+    if args.model.startswith("random:"):
+        raise InputError(f"--model {args.model}: has no tokenizer; it is for bench.py")
     if args.steps is None:
         args.steps = 4000 if args.data else 200
     if args.eval_every is None:
