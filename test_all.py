@@ -850,7 +850,9 @@ def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
     ("train --keep ~16", "~16"), ("train --lr inf", "--lr inf"), ("train --seed 18446744073709551616", "--seed"),
     ("train --questions none.jsonl", "none.jsonl"), ("train --watch a.jpg", "a.jpg"),
     ("train --data no.json", "no.json"), ("train --model ./no/such", "no/such"), ("train --out LICENSE", "--out"),
-    ("train --device meta", "random:"), ("infer PICTURE ? --device cuda:99", "cuda:99"),
+    ("train --device meta", "random:"),
+    ("train --model random:llava-1.5-7b", "for bench.py"),
+    ("infer PICTURE ? --model random:llava-1.5-7b", "for bench.py"), ("infer PICTURE ? --device cuda:99", "cuda:99"),
     ("infer PICTURE ? --device toaster", "--device cpu"), ("infer gone.jpg ?", "gone.jpg"),
     ("infer -", "standard input"), ("infer", "picture"), ("infer --questions q", "--answers"),
     ("infer PICTURE ? --keep 145", "144"), ("infer PICTURE ' '", "empty"),
@@ -2838,6 +2840,7 @@ def test_what_cannot_be_served_is_refused_and_the_rest_is_vllms(monkeypatch, tmp
                         "without a pruner.*uniform": (TINY, "--choose", "top"),
                         "coverage, DPP, uniform, norm": (TINY, "--choose", "CLS"),
                         "together": (TINY, "--keep", 16, "--questions", "q.jsonl"),
+                        "--keep '0' is no budget": (TINY, "--keep", 0),
                         "1 or more": (TINY, "--keep", 16, *asked, tmp_path / "a.jsonl", "--batch", 0),
                         "file that is read": (TINY, "--keep", 16, *asked, tmp_path / "q.jsonl", "--overwrite"),
                         "--hf-overrides": (TINY, "--keep", 16, "--hf-overrides={}")}.items():

@@ -375,7 +375,7 @@ def overrides(args, config):
     try:
         parse_budget(keep, N)
     except ValueError as e:
-        raise InputError(f"--{e}") from None
+        raise InputError(f"--keep {str(e).removeprefix('keep ')}") from None
     settings = {"architectures": [name], "pruner": pruner, "choose": choose, "keep": keep}
     if N:
         settings["mrope_section"] = [1, 1, 1]  # by this vLLM knows a model with M-RoPE
