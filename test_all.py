@@ -579,20 +579,22 @@ def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, ran
     statistics, noise = whitening(X.float()), torch.randn(X.shape)
     graph = vlm, lambda X, valid: scores, lambda X: 1.5 * X, statistics
     batches, parts = [(inputs, noise)], train.Parts(rank=rank)
-    losses = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts)
+    budget = Budget(share=0.3)
+    losses = train.held_out_losses(graph, batches, budget, 0.7, Processes("cpu"), parts)
     assert train.feature_statistics(vlm, [([0], inputs)], 0)[-1] == real(inputs, X).sum(1).max()
     ranking = rank(scores, X)
-    kept = ranking >= ranking.topk(5).values[:, -1:]  # (B, N)
-    highest = ranking >= ranking.max(1, keepdim=True).values  # a quarter of 5, rounded down
-    shown = real(inputs, X), kept, highest
+    K = (0.3 * real(inputs, X).sum(1)).round().long()  # (B,), of each picture's own tokens
+    few = (K // 4).clamp_min(1)
+    place = ranking.argsort(dim=1, descending=True).argsort(dim=1)  # (B, N), 0 is the highest
+    shown = real(inputs, X), place < K[:, None], place < few[:, None]
     full, deployed, quarter = (vlm.model(**stock(vlm, inputs, tokens)).loss for tokens in shown)
-    soft = vlm.loss(inputs, 1.5 * vp_gate(X.float(), soft_top_k(ranking, 5, 0.7), *statistics, noise))
+    soft = vlm.loss(inputs, 1.5 * vp_gate(X.float(), soft_top_k(ranking, K, 0.7), *statistics, noise))
     if not vlm.exact:  # no mask hides a token from a recurrent layer
-        deployed, quarter = (vlm.loss(inputs, X, select(ranking, K)) for K in (5, 1))
+        deployed, quarter = (vlm.loss(inputs, X, select(ranking, kept)) for kept in (K, few))
     expected = [loss.item() for loss in (full, soft, deployed, quarter)]
     assert list(losses.values()) == pytest.approx(expected, abs=1e-4)
     assert len({round(loss, 3) for loss in losses.values()}) == 4
-    known = train.held_out_losses(graph, batches, Budget(5), 0.7, Processes("cpu"), parts, full=1.5)
+    known = train.held_out_losses(graph, batches, budget, 0.7, Processes("cpu"), parts, full=1.5)
     assert known == losses | {"full_loss": 1.5}
 
 
