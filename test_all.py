@@ -1,8 +1,11 @@
 """
-Each claim of the method against something that cannot share our bug. Run: python -m pytest -q test_all.py
+Each claim of the method against something that cannot share our bug.
 
-Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a mask for the denoiser,
-simulation against closed forms for the gate, stock transformers and the full model with masked tokens for deployment.
+Run: python -m pytest -q test_all.py
+
+Oracles: a bisection for the soft top-K, finite differences for every gradient, attention with a
+mask for the denoiser, simulation against closed forms for the gate, stock transformers and the full
+model with masked tokens for deployment.
 """
 import base64
 import concurrent.futures
@@ -36,7 +39,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is tested on the CPU: autograd refuses to run in a fork that sees a GPU
+# All is tested on the CPU: autograd refuses to run in a fork that sees a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -49,8 +53,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil,
-                          LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil, StaticCache)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers import StaticCache
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import bench
@@ -71,80 +76,161 @@ from common.weights import one_line, time_limit
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
 from model import VLM, Llava, load
-from throttler import Attention, Scorer, distinct, select, soft_top_k, standardised, vp_gate, whitening
+from throttler import Attention, Scorer
+from throttler import distinct, select, soft_top_k, standardised, vp_gate, whitening
 
 ROOT = Path(__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 TINY = ROOT / "data/shapes/llava"
+TEMPLATE = (TINY / "chat_template.jinja").read_text()
 PICTURES = ROOT / "data/shapes/examples"
 EXAMPLES = sorted(PICTURES.glob("*.jpg"))
-FLOORS = [("throttler",), ("denoiser", "common"), ("data",), ("model",), ("infer",), ("eval",), ("train", "bench"), ("results",)]
-TEMPLATE = (TINY / "chat_template.jinja").read_text()
-EVIL = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"),
-                                  "evil.Evil"), "processor_class": "Evil"}
-QUESTIONS = ["Where is the star?", "How many shapes are there?", "Is there a red circle, or some other thing?"]
+PICTURE = EXAMPLES[0]
+SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--keep", 16, "--device", "cpu")
+FLOORS = [  # each imports only from itself and from those before it
+    ("throttler",),
+    ("denoiser", "common"),
+    ("data",),
+    ("model",),
+    ("infer",),
+    ("eval",),
+    ("train", "bench"),
+    ("results",),
+]
+AUTO_CLASSES = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+EVIL = {
+    "auto_map": dict.fromkeys(AUTO_CLASSES, "evil.Evil"),
+    "processor_class": "Evil",
+}
+QUESTIONS = [
+    "Where is the star?",
+    "How many shapes are there?",
+    "Is there a red circle, or some other thing?",
+]
 CAPTIONS = ["One shape.", "Two.", "Three shapes: a red"]
+SIZES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
+SCENES = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
+close = functools.partial(torch.testing.assert_close, rtol=0)
+
+# The tiny random models, one of each class.
 VOCAB = json.loads((TINY / "config.json").read_text())["text_config"]["vocab_size"]
-LLAMA = dict(model_type="llama", vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2)
-CLIP = dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=64, num_hidden_layers=3,
-            num_attention_heads=4, image_size=32, patch_size=8)
+IMAGE = "<|image_pad|>"  # the token of number VOCAB, which the tiny tokenizer is given
+LLAMA = dict(
+    model_type="llama", vocab_size=VOCAB,
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2,
+    pad_token_id=3, bos_token_id=1, eos_token_id=2,
+)
+CLIP = dict(
+    model_type="clip_vision_model",
+    hidden_size=48, intermediate_size=64, num_hidden_layers=3,
+    num_attention_heads=4, image_size=32, patch_size=8,
+)
 LLAVA = dict(model_type="llava", text_config=LLAMA, vision_config=CLIP, image_token_index=4)
-SIGLIP = dict(vision_config={**CLIP, "model_type": "siglip_vision_model"}, vision_feature_layer=-1)
+SIGLIP = dict(
+    vision_config={**CLIP, "model_type": "siglip_vision_model"},
+    vision_feature_layer=-1,
+)
 GRID = [[32, 64], [64, 32], [64, 64], [96, 32]]
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
-IMAGE = "<|image_pad|>"  # the token of VOCAB, which the tiny tokenizer is given
 LLM = {**LLAMA, "vocab_size": VOCAB + 8, "head_dim": 16, "max_position_embeddings": 1024}
-SQUARE = {**CLIP, "model_type": "siglip_vision_model", "num_hidden_layers": 2, "vision_use_head": False}
+SQUARE = {
+    **CLIP,
+    "model_type": "siglip_vision_model",
+    "num_hidden_layers": 2,
+    "vision_use_head": False,
+}
 LAYERS = ["sliding_attention", "full_attention"]
-QWEN_EYE = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=8)
-QWEN = dict(image_token_id=VOCAB, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)
+QWEN = dict(
+    image_token_id=VOCAB, video_token_id=6,
+    vision_start_token_id=7, vision_end_token_id=8,
+)
+QWEN_EYE = dict(
+    depth=3, hidden_size=32, intermediate_size=48, num_heads=2,
+    out_hidden_size=64, patch_size=8,
+)
 TINY_CONFIGS = {
     "llava": LLAVA,
-    "llava, full": {**LLAVA, "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, 1]},
+    "llava, full": {
+        **LLAVA,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": [-2, 1],
+    },
     "llava, SigLIP": {**LLAVA, **SIGLIP, "vision_feature_select_strategy": "full"},
     "llava_next": {**LLAVA, "model_type": "llava_next", "image_grid_pinpoints": GRID},
     "qwen2_5_vl": dict(
         QWEN, model_type="qwen2_5_vl",
         vision_config=dict(QWEN_EYE, window_size=32, fullatt_block_indexes=[1]),
-        text_config={**LLM, "model_type": "qwen2_5_vl_text", "rope_parameters": MROPE}),
+        text_config={**LLM, "model_type": "qwen2_5_vl_text", "rope_parameters": MROPE},
+    ),
     "qwen3_vl": dict(  # deepstack
         QWEN, model_type="qwen3_vl",
-        vision_config=dict(QWEN_EYE, deepstack_visual_indexes=[0, 1], num_position_embeddings=64),
-        text_config={**LLM, "model_type": "qwen3_vl_text", "num_hidden_layers": 3, "rope_parameters": MROPE}),
+        vision_config=dict(
+            QWEN_EYE,
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64,
+        ),
+        text_config={
+            **LLM,
+            "model_type": "qwen3_vl_text",
+            "num_hidden_layers": 3,
+            "rope_parameters": MROPE,
+        },
+    ),
     "qwen3_5": dict(  # a recurrent layer
-        QWEN, model_type="qwen3_5", vision_config=dict(QWEN_EYE, num_position_embeddings=64),
-        text_config={**LLM, "model_type": "qwen3_5_text", "rope_parameters": MROPE, "linear_key_head_dim": 16,
-                     "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                     "layer_types": ["linear_attention", "full_attention"]}),
+        QWEN, model_type="qwen3_5",
+        vision_config=dict(QWEN_EYE, num_position_embeddings=64),
+        text_config={
+            **LLM,
+            "model_type": "qwen3_5_text",
+            "rope_parameters": MROPE,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "internvl": dict(
         model_type="internvl", image_token_id=VOCAB, image_seq_length=16,
         text_config={**LLM, "model_type": "qwen2"},
-        vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                           image_size=[32, 32], patch_size=[4, 4])),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, image_size=[32, 32], patch_size=[4, 4],
+        ),
+    ),
     "idefics3": dict(
-        model_type="idefics3", image_token_id=4, scale_factor=2, text_config=LLM,
-        vision_config={**SQUARE, "model_type": "idefics3_vision"}),
+        model_type="idefics3", image_token_id=4, scale_factor=2,
+        text_config=LLM,
+        vision_config={**SQUARE, "model_type": "idefics3_vision"},
+    ),
     "gemma3": dict(  # reads a picture in both directions, in windows; generates from no embeddings
-        model_type="gemma3", image_token_index=VOCAB, boi_token_index=VOCAB + 1, eoi_token_index=VOCAB + 2,
-        mm_tokens_per_image=16, vision_config=SQUARE,
-        text_config={**LLM, "model_type": "gemma3_text", "sliding_window": 128, "query_pre_attn_scalar": 16,
-                     "layer_types": LAYERS}),
+        model_type="gemma3", image_token_index=VOCAB, mm_tokens_per_image=16,
+        boi_token_index=VOCAB + 1, eoi_token_index=VOCAB + 2,
+        vision_config=SQUARE,
+        text_config={
+            **LLM,
+            "model_type": "gemma3_text",
+            "sliding_window": 128,
+            "query_pre_attn_scalar": 16,
+            "layer_types": LAYERS,
+        },
+    ),
     "mistral3": dict(
         model_type="mistral3", image_token_index=VOCAB, spatial_merge_size=2,
         text_config={**LLM, "model_type": "mistral", "sliding_window": None},
-        vision_config=dict(model_type="pixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=2, image_size=64, patch_size=8, head_dim=16)),
+        vision_config=dict(
+            model_type="pixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, head_dim=16, image_size=64, patch_size=8,
+        ),
+    ),
     "paligemma": dict(  # reads picture and question in both directions
         model_type="paligemma", image_token_index=4, projection_dim=64, hidden_size=64,
-        text_config={**LLM, "model_type": "gemma"}, vision_config=SQUARE),
+        text_config={**LLM, "model_type": "gemma"},
+        vision_config=SQUARE,
+    ),
 }
-SIZES = [(96, 96), (150, 40), (48, 130)]  # width, height: mixed in one batch
-SCENES = [shapes.draw_scene(f"test-{i}")[0].resize(size) for i, size in enumerate(SIZES)]
-PICTURE = EXAMPLES[0]
-SHIPPED = ("--pruner", ROOT / "data/shapes/pruner", "--keep", 16, "--device", "cpu")
-close = functools.partial(torch.testing.assert_close, rtol=0)
 
 
 class Calls(TorchDispatchMode):
@@ -167,83 +253,116 @@ def vlm():
 
 
 def run(main, *argv):
-    """main() under these arguments."""
+    """Calls main() with these command-line arguments."""
+    arguments = [str(argument) for argument in argv]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [main.__module__, *map(str, argv)])
+        patch.setattr(sys, "argv", [main.__module__, *arguments])
         main()
 
 
-def complaint(words, f, *args, **options):
-    """f(…) must fail with an InputError of one short line, in which `words` are found."""
-    with pytest.raises(InputError, match=words) as e:
+def complaint(pattern, f, *args, **options):
+    """f(…) must fail with an InputError of one short line that matches the pattern."""
+    with pytest.raises(InputError, match=pattern) as error:
         f(*args, **options)
-    assert "\n" not in str(e.value).strip() and len(str(e.value)) < 600
+    message = str(error.value)
+    assert "\n" not in message.strip()
+    assert len(message) < 600
+
+
+def processor_parts(name):
+    """(image processor, extra tokens, chat template, other settings) of a tiny model."""
+    square = {"height": 32, "width": 32}
+    llava = dict(size={"shortest_edge": 32}, crop_size=32)
+    extra_tokens = {"image_token": IMAGE}
+    template = TEMPLATE.replace("<image>", IMAGE)
+    settings = {}
+    if name.startswith("qwen"):
+        extra_tokens = {}
+        size = dict(shortest_edge=256, longest_edge=9216)
+        image_processor = Qwen2VLImageProcessorPil(patch_size=8, size=size)
+    elif name == "internvl":
+        extra_tokens = {
+            "context_image_token": IMAGE,
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "video_token": "<video>",
+        }
+        settings = {"image_seq_length": 16}
+        image_processor = transformers.GotOcr2ImageProcessorPil(
+            size=square, crop_to_patches=True, max_patches=3)
+    elif name == "idefics3":
+        extra_tokens = {}
+        template = TEMPLATE
+        settings = {"image_seq_len": 4}
+        image_processor = transformers.Idefics3ImageProcessorPil(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    elif name == "gemma3":
+        extra_tokens |= {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        template = TEMPLATE.replace("<image>", "<start_of_image>")
+        settings = {"image_seq_length": 16}
+        image_processor = transformers.Gemma3ImageProcessorPil(size=square)
+    elif name == "mistral3":
+        size = {"longest_edge": 64}
+        image_processor = transformers.PixtralImageProcessorPil(patch_size=16, size=size)
+    elif name == "paligemma":
+        extra_tokens = {}
+        template = None
+        image_processor = transformers.SiglipImageProcessorPil(size=square)
+        image_processor.image_seq_length = 16
+    else:
+        extra_tokens = {}
+        template = TEMPLATE
+        settings = {"patch_size": 8}
+        if name == "llava_next":
+            image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **llava)
+        else:
+            image_processor = CLIPImageProcessorPil(**llava)
+    return image_processor, extra_tokens, template, settings
 
 
 def save_processor(name, folder):
-    """What a published folder holds beside config.json and weights, for the tiny model of that name."""
-    square, tokenizer = {"height": 32, "width": 32}, AutoTokenizer.from_pretrained(TINY)
-    llava = dict(size={"shortest_edge": 32}, crop_size=32)
-    more, template = {}, TEMPLATE.replace("<image>", IMAGE)
-    tokens = {"image_token": IMAGE}
+    """What a published folder holds beside config.json and weights; returns the tokenizer."""
+    image_processor, extra_tokens, template, settings = processor_parts(name)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     if name.startswith("qwen"):
-        tokens = {}
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        pictures = Qwen2VLImageProcessorPil(patch_size=8, size=dict(shortest_edge=256, longest_edge=9216))
-    elif name == "internvl":
-        tokens = {"context_image_token": IMAGE, "start_image_token": "<img>", "end_image_token": "</img>",
-                  "video_token": "<video>"}
-        pictures = transformers.GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=3)
-        more = {"image_seq_length": 16}
-    elif name == "idefics3":
-        tokens, template = {}, TEMPLATE
-        pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64},
-                                                          max_image_size={"longest_edge": 32})
-        more = {"image_seq_len": 4}
-    elif name == "gemma3":
-        tokens |= {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-        template = TEMPLATE.replace("<image>", "<start_of_image>")
-        pictures, more = transformers.Gemma3ImageProcessorPil(size=square), {"image_seq_length": 16}
-    elif name == "mistral3":
-        pictures = transformers.PixtralImageProcessorPil(patch_size=16, size={"longest_edge": 64})
-    elif name == "paligemma":
-        tokens = {}
-        pictures, template = transformers.SiglipImageProcessorPil(size=square), None
-        pictures.image_seq_length = 16
-    elif name == "llava_next":
-        tokens, template, more = {}, TEMPLATE, {"patch_size": 8}
-        pictures = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **llava)
-    else:
-        tokens, template, more = {}, TEMPLATE, {"patch_size": 8}
-        pictures = CLIPImageProcessorPil(**llava)
-    if tokens:
-        tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=tokens)
-        order = [tokenizer.convert_tokens_to_ids(token) for token in tokens.values()]
-        assert order[0] == VOCAB or sorted(order)[0] == VOCAB
+    if extra_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=extra_tokens)
+        numbers = tokenizer.convert_tokens_to_ids(list(extra_tokens.values()))
+        assert VOCAB in (numbers[0], min(numbers))
     tokenizer.save_pretrained(folder)
-    pictures.save_pretrained(folder)
-    (folder / "processor_config.json").write_text(json.dumps(more))
+    image_processor.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     if template:
         (folder / "chat_template.jinja").write_text(template)
     return tokenizer
 
 
+TOKEN_FIELDS = {  # the fields of a config.json that number a token which the tokenizer was given
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+    "boi_token_index": "<start_of_image>",
+    "eoi_token_index": "<end_of_image>",
+}
+
+
 def save_tiny(name, folder):
     """A tiny random model of TINY_CONFIGS with its processor, as it would be published."""
     torch.manual_seed(0)
-    tokenizer, config = save_processor(name, folder), copy.deepcopy(TINY_CONFIGS[name])
-    for key, token in (("image_token_id", IMAGE), ("image_token_index", IMAGE),
-                       ("boi_token_index", "<start_of_image>"), ("eoi_token_index", "<end_of_image>")):
-        if config.get(key, 4) != 4:
-            config[key] = tokenizer.convert_tokens_to_ids(token)
-    stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
-    for p in [p for p in stock.parameters() if p.dim() > 1]:
-        torch.nn.init.normal_(p, std=0.2)  # larger than the usual start, so that every token tells
-    stock.save_pretrained(folder)
+    tokenizer = save_processor(name, folder)
+    config = copy.deepcopy(TINY_CONFIGS[name])
+    for field, token in TOKEN_FIELDS.items():
+        if config.get(field, 4) != 4:  # 4 is <image>, which the tokenizer has anyway
+            config[field] = tokenizer.convert_tokens_to_ids(token)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    for matrix in matrices:
+        torch.nn.init.normal_(matrix, std=0.2)  # more than usual, so that every token matters
+    model.save_pretrained(folder)
 
 
 class PixtralProcessor:
-    """For Mistral 3: rows of places, each with a token behind it. The stock one needs torchvision."""
+    """For Mistral 3: rows of places, each followed by a token. The stock one needs torchvision."""
     image_token = IMAGE
 
     def __init__(self, folder):
@@ -252,125 +371,184 @@ class PixtralProcessor:
         self.image_token_ids = self.tokenizer.convert_tokens_to_ids([IMAGE])
 
     def __call__(self, images, text, **options):
-        pixels, texts = self.image_processor(images, return_tensors="pt"), []
-        for prompt, (height, width) in zip(text, pixels["image_sizes"].tolist()):
-            rows = height // 16 * (width // 16 * IMAGE + ";")
-            texts.append(prompt.replace(IMAGE, rows))
-        return transformers.BatchFeature({**self.tokenizer(texts, **options), **pixels})
+        pixels = self.image_processor(images, return_tensors="pt")
+        sizes = pixels["image_sizes"].tolist()
+        texts = []
+        for prompt, (height, width) in zip(text, sizes):
+            row = width // 16 * IMAGE + ";"
+            texts.append(prompt.replace(IMAGE, height // 16 * row))
+        words = self.tokenizer(texts, **options)
+        return transformers.BatchFeature({**words, **pixels})
 
 
 def load_tiny(folder, **options):
-    if "mistral3" not in (folder / "config.json").read_text():
+    config = (folder / "config.json").read_text()
+    if "mistral3" not in config:
         return load(folder, **options)
-    stock = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    return load(stock, processor=PixtralProcessor(folder))
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    return load(model, processor=PixtralProcessor(folder))
+
+
+def rounds_nowhere(norm):
+    """Makes an RMSNorm compute in the type of its input; the stock one rounds to float32 inside."""
+    norm.forward = functools.partial(
+        F.rms_norm,
+        normalized_shape=norm.weight.shape,
+        weight=norm.weight,
+        eps=norm.variance_epsilon,
+    )
 
 
 @pytest.fixture(scope="module", params=TINY_CONFIGS)
 def backbone(request, tmp_path_factory):
-    """(vlm in float64, inputs with captions, X): a tiny random model of each class, three pictures in one batch."""
+    """(vlm in float64, inputs with captions, X) of each class: three pictures in one batch."""
     folder = tmp_path_factory.mktemp("tiny")
     try:
         save_tiny(request.param, folder)
     except ImportError:  # an older transformers
         pytest.skip("its image processor needs torchvision here")
     vlm = load_tiny(folder, dtype=torch.float64)
-    for norm in vlm.decoder.modules():
-        if hasattr(norm, "variance_epsilon") and type(norm).__name__.endswith("RMSNorm"):  # the stock one rounds to float32 inside
-            norm.forward = functools.partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
-                                             eps=norm.variance_epsilon)
+    for module in vlm.decoder.modules():
+        is_rms_norm = type(module).__name__.endswith("RMSNorm")
+        if is_rms_norm and hasattr(module, "variance_epsilon"):
+            rounds_nowhere(module)
     inputs = vlm.inputs(SCENES, QUESTIONS, CAPTIONS)
     return vlm, inputs, vlm.encode(inputs)
 
 
 def real(inputs, X):
     """(B, N) bool: which tokens are no padding."""
-    return inputs.get("valid", torch.ones(X.shape[:2], dtype=torch.bool))
+    everything = torch.ones(X.shape[:2], dtype=torch.bool)
+    return inputs.get("valid", everything)
 
 
 def stock(vlm, inputs, shown=None):
-    """What the stock model is asked itself; a mask hides all visual tokens but those `shown`, (B, N) bool."""
-    plain = {name: t for name, t in inputs.items() if name != "valid"}
+    """Inputs of the stock model; a mask hides all visual tokens but those `shown`, (B, N) bool."""
+    plain = {name: tensor for name, tensor in inputs.items() if name != "valid"}
     if vlm.typed:
         plain["mm_token_type_ids"] = (inputs["input_ids"] == vlm.image_id).int()
     mask = plain["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    if hasattr(getattr(vlm.model, "model", None), "get_rope_index"):
-        positions, _ = vlm.model.model.get_rope_index(
-            plain["input_ids"], plain["mm_token_type_ids"], image_grid_thw=plain["image_grid_thw"],
-            attention_mask=mask)
+    inner = getattr(vlm.model, "model", None)
+    if hasattr(inner, "get_rope_index"):
+        positions, _ = inner.get_rope_index(
+            plain["input_ids"],
+            plain["mm_token_type_ids"],
+            image_grid_thw=plain["image_grid_thw"],
+            attention_mask=mask,
+        )
     if shown is not None:
-        mask = mask.masked_scatter(vlm.visual(inputs), shown[real(inputs, shown)].long())
+        without_padding = shown[real(inputs, shown)]
+        mask = mask.masked_scatter(vlm.visual(inputs), without_padding.long())
     return {**plain, "attention_mask": mask, "position_ids": positions}
 
 
 def some(X, inputs):
     """keep (B, K): the tokens that are longer than others, another number for each image."""
-    z = standardised(X.norm(dim=-1).masked_fill(~real(inputs, X), -torch.inf))
+    lengths = X.norm(dim=-1).masked_fill(~real(inputs, X), -torch.inf)
+    z = standardised(lengths)
     return select(z, count_above(z, 0.8))
 
 
-# --- soft top-K -----------------------------------------------------------------------------------------------------
+# --- soft top-K -----------------------------------------------------------------------------------
 
 def bisection(scores, K, tau):
     """alpha by halving an interval 80 times."""
     x = scores / tau
-    low, high = x.amin(-1, keepdim=True) - 60, x.amax(-1, keepdim=True) + 60
+    low = x.amin(-1, keepdim=True) - 60
+    high = x.amax(-1, keepdim=True) + 60
     for _ in range(80):
         b = (low + high) / 2
         alpha = torch.distributions.Laplace(b, 1).cdf(x)
-        above = alpha.sum(-1, keepdim=True) > K
-        low, high = b.where(above, low), high.where(above, b)
+        too_many = alpha.sum(-1, keepdim=True) > K
+        low = b.where(too_many, low)
+        high = high.where(too_many, b)
     return alpha
 
 
 @pytest.mark.parametrize("tau", [2.0, 0.3, 0.1, 0.01])
 @pytest.mark.parametrize("N", [1, 2, 7, 144, 576, 2880])
 def test_soft_top_k_is_the_bisection(N, tau):
-    noise, line = torch.randn(N, dtype=torch.float64), torch.linspace(-1e4, 1e4, N).double()
-    scores = torch.stack([noise, 0 * noise, 1e4 * noise, noise.round(), noise.sign() * 1e4, line])
+    noise = torch.randn(N, dtype=torch.float64)
+    line = torch.linspace(-1e4, 1e4, N).double()
+    ties, extremes = noise.round(), 1e4 * noise.sign()
+    scores = torch.stack([noise, 0 * noise, 1e4 * noise, ties, extremes, line])
+    padded = F.pad(scores, (0, 3), value=-torch.inf)
     for K in (0, 0.01 * N, max(1, N // 9), N / 3, N - 0.5, N):
-        alpha, padding = soft_top_k(F.pad(scores, (0, 3), value=-torch.inf), K, tau).split([N, 3], dim=1)
-        assert (padding == 0).all() and alpha.min() >= 0 and alpha.max() <= 1
+        alpha, padding = soft_top_k(padded, K, tau).split([N, 3], dim=1)
+        assert (padding == 0).all()
+        assert alpha.min() >= 0 and alpha.max() <= 1
         assert alpha.sum(1).tolist() == pytest.approx(6 * [K], rel=1e-6)
         close(alpha, bisection(scores, K, tau), atol=1e-7, rtol=1e-6)
-        assert (alpha.gather(1, scores.argsort()).diff() >= -1e-12).all(), "not monotone in the score"
+        ascending = alpha.gather(1, scores.argsort())
+        assert (ascending.diff() >= -1e-12).all(), "not monotone in the score"
         close(soft_top_k(scores + 3.0, K, tau), alpha, atol=1e-7)
 
 
 @pytest.mark.parametrize("tau", [2.0, 0.5, 0.1])
-def test_soft_top_k_gradient_is_finite_differences_and_finite(tau):
+def test_gradient_of_soft_top_k_is_finite_differences(tau):
+    def three_of_nine(scores):
+        return soft_top_k(scores, 3.0, tau)
+
     scores = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: soft_top_k(s, 3.0, tau), scores)
+    assert torch.autograd.gradcheck(three_of_nine, scores)
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.5, 0.1])
+def test_gradient_of_soft_top_k_is_finite_everywhere(tau):
+    all_alike = torch.zeros(2880)
+    far_apart = 1e4 * torch.randn(2880)
+    extremes = torch.tensor([1e4, 1e4, -1e4])
     padded = F.pad(torch.randn(50), (0, 9), value=-torch.inf)
-    for scores in (torch.zeros(2880), 1e4 * torch.randn(2880), torch.tensor([1e4, 1e4, -1e4]), padded):
-        for K in (0, 1, 2, scores.isfinite().sum().item()):
-            alpha = soft_top_k(scores.requires_grad_(), K, tau)
-            gradient, = torch.autograd.grad(alpha @ torch.randn(len(scores)), scores)
-            assert gradient.isfinite().all() and not gradient[scores.isneginf()].any()
+    for scores in (all_alike, far_apart, extremes, padded):
+        scores.requires_grad_()
+        N = scores.isfinite().sum().item()
+        for K in (0, 1, 2, N):
+            alpha = soft_top_k(scores, K, tau)
+            weighted = alpha @ torch.randn(len(scores))
+            gradient, = torch.autograd.grad(weighted, scores)
+            assert gradient.isfinite().all()
+            assert not gradient[scores.isneginf()].any()
 
 
-def test_alpha_becomes_the_selection_as_tau_falls_in_any_type():
+def test_alpha_becomes_the_selection_as_tau_falls():
     scores = torch.randn(5, 144)
     keep = select(scores, 16)
-    assert keep.equal(scores.argsort(descending=True)[:, :16].sort().values)
-    chosen = torch.zeros_like(scores).scatter(1, keep, 1.0)
-    gaps = [(soft_top_k(scores, 16, tau) - chosen).abs().max().item() for tau in (1.0, 0.1, 1e-2, 1e-3, 1e-5)]
-    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
-    for half in (scores.half(), scores.bfloat16()):
-        assert soft_top_k(half, 7, 0.2).equal(soft_top_k(half.double(), 7, 0.2).to(half.dtype))
-    for f, K in ((soft_top_k, -1), (soft_top_k, 145), (soft_top_k, math.nan), (select, 0), (select, 145)):
-        with pytest.raises(ValueError, match="K must lie"):
-            f(scores, K)
+    highest = scores.argsort(descending=True)[:, :16]
+    assert keep.equal(highest.sort().values)
+    selection = torch.zeros_like(scores).scatter(1, keep, 1.0)
+    gaps = []
+    for tau in (1.0, 0.1, 1e-2, 1e-3, 1e-5):
+        alpha = soft_top_k(scores, 16, tau)
+        gaps.append((alpha - selection).abs().max().item())
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-6
 
 
-# --- the noise gate, the denoiser -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_soft_top_k_computes_half_precision_in_double(dtype):
+    scores = torch.randn(5, 144).to(dtype)
+    exact = soft_top_k(scores.double(), 7, 0.2)
+    assert soft_top_k(scores, 7, 0.2).equal(exact.to(dtype))
+
+
+@pytest.mark.parametrize("choose, K", [
+    (soft_top_k, -1), (soft_top_k, 145), (soft_top_k, math.nan),
+    (select, 0), (select, 145),
+])
+def test_a_wrong_number_of_tokens_is_refused(choose, K):
+    with pytest.raises(ValueError, match="K must lie"):
+        choose(torch.randn(5, 144), K)
+
+
+# --- the noise gate, the denoiser -----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def features(vlm):
     """(images, 144, 128) of a real encoder: far from normalised, and of low rank."""
     images = [shapes.draw_scene(f"test-gate-{i}")[0] for i in range(100)]
-    return vlm.encode(vlm.inputs(images, ["?"] * len(images))).double()
+    inputs = vlm.inputs(images, ["?"] * len(images))
+    return vlm.encode(inputs).double()
 
 
 def covariance(X):
@@ -378,113 +556,173 @@ def covariance(X):
 
 
 def test_gate_preserves_mean_and_covariance(features):
-    X, (mean, L), C = features, (t.double() for t in whitening(features)), covariance(features)
+    X = features  # (100, 144, 128)
+    mean, L = (tensor.double() for tensor in whitening(X))
+    C = covariance(X)
     close(L @ L.T, C, atol=1e-6 * C.diagonal().max().item(), rtol=1e-4)
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
-        gated = vp_gate(X, torch.full(X.shape[:2], share, dtype=X.dtype), mean, L)
-        # 14,400 tokens of an effective rank below 32 have a sampling error of about √(32/14400) = 5 %
+        alpha = torch.full(X.shape[:2], share, dtype=X.dtype)
+        gated = vp_gate(X, alpha, mean, L)
+        # 14,400 tokens of an effective rank below 32 have a sampling error of √(32/14400) = 5 %
         assert (covariance(gated) - C).norm() / C.norm() < 0.06
-        assert (gated.mean((0, 1)) - mean).norm() / C.trace().sqrt() < 0.02
+        drift = gated.mean((0, 1)) - mean
+        assert drift.norm() / C.trace().sqrt() < 0.02
         if share == 0:
             cosine = F.cosine_similarity((X - mean).flatten(), (gated - mean).flatten(), dim=0)
             assert abs(cosine) < 0.02, "something of the token is left at alpha = 0"
-    assert vp_gate(X, torch.ones(X.shape[:2]), mean, L).equal(X), "alpha = 1 must return X bit for bit"
+    ones = torch.ones(X.shape[:2])
+    assert vp_gate(X, ones, mean, L).equal(X), "alpha = 1 must return X bit for bit"
 
 
 def test_gate_survives_degenerate_features_and_both_ends_of_alpha():
-    low_rank, constant_channel = torch.randn(40, 3) @ torch.randn(3, 16), torch.randn(100, 16)
-    constant_channel[:, 5] = 2.5
     alpha = torch.tensor([[0.0, 1e-30, 1e-13, 0.5, 1 - 1e-7, 1.0]], requires_grad=True)
-    for X in (low_rank, constant_channel, torch.randn(6, 16), torch.ones(10, 16)):
+    low_rank = torch.randn(40, 3) @ torch.randn(3, 16)
+    constant_channel = torch.randn(100, 16)
+    constant_channel[:, 5] = 2.5
+    few_tokens = torch.randn(6, 16)
+    all_alike = torch.ones(10, 16)
+    for X in (low_rank, constant_channel, few_tokens, all_alike):
         mean, L = whitening(X)
         gated = vp_gate(X[None, :6], alpha, mean, L)
         gradient, = torch.autograd.grad(gated.square().sum(), alpha)
-        assert mean.isfinite().all() and L.isfinite().all() and gated.isfinite().all() and gradient.isfinite().all()
-    assert vp_gate(X[None, :6], alpha, *whitening(torch.randn(500, 16))).isfinite().all()
+        for tensor in (mean, L, gated, gradient):
+            assert tensor.isfinite().all()
+    other_statistics = whitening(torch.randn(500, 16))
+    assert vp_gate(all_alike[None, :6], alpha, *other_statistics).isfinite().all()
 
 
 def test_channel_noise_leaks_and_whitened_noise_does_not(features):
-    """A linear map of x̃ explains α of x if noise is whitened, else tr(α·C·(α·C + (1-α)·D)⁻¹·C) / tr C, D = diag C."""
-    X, C, a = features.flatten(0, 1), covariance(features), 0.11
-    mean, L = (t.double() for t in whitening(features))
+    """The share of x that a linear map of x̃ explains.
+
+    It is α if noise is whitened, else tr(α·C·(α·C + (1-α)·D)⁻¹·C) / tr C with D = diag C.
+    """
+    X = features.flatten(0, 1)  # (14400, 128)
+    C = covariance(features)
+    D = C.diagonal().diag()
+    mean, L = (tensor.double() for tensor in whitening(features))
+    a = 0.11
+    alpha = torch.full((1, len(X)), a, dtype=X.dtype)
 
     def explained(noise_factor):
-        gated = vp_gate(X[None], torch.full((1, len(X)), a, dtype=X.dtype), mean, noise_factor)[0] - mean
+        gated = vp_gate(X[None], alpha, mean, noise_factor)[0] - mean
         fit = gated @ torch.linalg.lstsq(gated, X - mean).solution
-        return 1 - ((X - mean - fit).square().sum() / (X - mean).square().sum()).item()
-    D = C.diagonal().diag()
-    closed = (a * C @ torch.linalg.solve(a * C + (1 - a) * D, C)).trace().item() / C.trace().item()
+        rest = (X - mean - fit).square().sum()
+        return 1 - (rest / (X - mean).square().sum()).item()
+
+    leak = a * C @ torch.linalg.solve(a * C + (1 - a) * D, C)
+    closed_form = (leak.trace() / C.trace()).item()
     assert abs(explained(L) - a) < 0.02
-    assert abs(explained(D.sqrt()) - closed) < 0.02 and closed > 3 * a
+    assert abs(explained(D.sqrt()) - closed_form) < 0.02
+    assert closed_form > 3 * a
 
 
-def test_both_attentions_are_torchs_own():
-    x, diagonal, ours = torch.randn(2, 11, 128), DiagonalAttention(128), Attention(128)
-    stock = torch.nn.MultiheadAttention(128, 2, batch_first=True)
-    stock.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
-                           "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias})
-    close(ours(x), stock(x, x, x)[0], atol=1e-5)
-    q, k, identity = torch.randn(2, 11, 128), torch.randn(2, 11, 128), torch.eye(11, dtype=torch.bool)
+def test_our_attention_is_torchs_own():
+    x = torch.randn(2, 11, 128)
+    ours = Attention(128)
+    torchs = torch.nn.MultiheadAttention(128, 2, batch_first=True)
+    torchs.load_state_dict({
+        "in_proj_weight": ours.qkv.weight,
+        "in_proj_bias": ours.qkv.bias,
+        "out_proj.weight": ours.out.weight,
+        "out_proj.bias": ours.out.bias,
+    })
+    expected, _ = torchs(x, x, x)
+    close(ours(x), expected, atol=1e-5)
+
+
+def test_diagonal_attention_is_torchs_own_under_a_diagonal_mask():
+    x, q, k = torch.randn(3, 2, 11, 128)
+    diagonal = DiagonalAttention(128)
+    identity = torch.eye(11, dtype=torch.bool)
     masked = F.scaled_dot_product_attention(q, k, diagonal.value(x), attn_mask=identity)
     close(diagonal(x), diagonal.out(masked), atol=1e-6)
 
 
 @pytest.mark.parametrize("diagonal, d_v", [(True, 16), (False, 16), (True, 1030)])
 def test_denoiser_repairs_each_token_from_itself_alone(diagonal, d_v):
-    denoiser, x = Denoiser(d_v, diagonal), torch.randn(1, 5, d_v)
+    denoiser = Denoiser(d_v, diagonal)
+    x = torch.randn(1, 5, d_v)
     assert denoiser(x).equal(x), "it starts as the identity"
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    changed = x + F.one_hot(torch.tensor(2), 5)[:, None]
-    moved = (denoiser(x) != denoiser(changed)).any(-1)[0]
-    assert moved.tolist() == [not diagonal or i == 2 for i in range(5)] and not denoiser(x).isclose(x).all()
+    assert not denoiser(x).isclose(x).all()
+    other_third = x + F.one_hot(torch.tensor(2), 5)[:, None]
+    moved = (denoiser(x) != denoiser(other_third)).any(-1)[0]
+    if diagonal:
+        assert moved.tolist() == [False, False, True, False, False]
+    else:
+        assert moved.all()
     assert denoiser.block.norm1.normalized_shape == (min(d_v, 1024),)
 
 
-# --- budgets and choices ----------------------------------------------------------------------------------------------
+# --- budgets and choices --------------------------------------------------------------------------
 
-def test_budgets_are_parsed_once_and_count():
-    for text, N, K in (("16", 144, 16), ("16", 9, 9), ("11.1%", 576, 64), ("11.1%", 144, 16), ("all", 144, 144),
-                       ("~16", 144, 16), ("0.1%", 144, 1), ("100%", 7, 7)):
-        budget = Budget.parse(text)
-        assert budget.of(N) == K and budget.of(torch.tensor([N, N])).tolist() == [K, K]
-        assert Budget.parse(str(budget)) == budget
-    assert Budget.parse("~16").average and str(Budget.parse("~16").exact) == "16" and Budget.parse("all").everything
-    for bad in ("0", "-1", "1.5", "", "~", "~all", "101%", "0%", "8:32", "x", "1e3", "nan%", "٣"):
+@pytest.mark.parametrize("text, N, K", [
+    ("16", 144, 16), ("16", 9, 9), ("~16", 144, 16), ("all", 144, 144),
+    ("11.1%", 576, 64), ("11.1%", 144, 16), ("0.1%", 144, 1), ("100%", 7, 7),
+])
+def test_a_budget_counts_tokens_and_survives_its_own_text(text, N, K):
+    budget = Budget.parse(text)
+    assert budget.of(N) == K
+    assert budget.of(torch.tensor([N, N])).tolist() == [K, K]
+    assert Budget.parse(str(budget)) == budget
+
+
+def test_what_is_no_budget_is_refused():
+    assert Budget.parse("all").everything
+    assert Budget.parse("~16").average
+    assert str(Budget.parse("~16").exact) == "16"
+    for text in ("0", "-1", "1.5", "", "~", "~all", "101%", "0%", "8:32", "x", "1e3", "nan%", "٣"):
         with pytest.raises(ValueError, match="is no budget"):
-            Budget.parse(bad)
+            Budget.parse(text)
+
+
+def greedy(value, K, N):
+    """K times the token i of the highest value(i, kept), in the order of their choice."""
+    kept = []
+    while len(kept) < K:
+        free = [i for i in range(N) if i not in kept]
+        best = max(free, key=lambda i: value(i, kept))
+        kept.append(best)
+    return kept
 
 
 def test_greedy_choices_are_their_definitions_written_out():
     X = torch.randn(10, 20, 40) + 2 * torch.randn(40)
-    choices = criteria.max_min_diversity, criteria.dpp, criteria.coverage
-    for x, *keeps in zip(X.double(), *(choose(X, 7) for choose in choices)):
+    by_distance = criteria.max_min_diversity(X, 7)  # (10, 7)
+    by_volume = criteria.dpp(X, 7)
+    by_coverage = criteria.coverage(X, 7)
+    for image, x in enumerate(X.double()):
         centred = x - x.mean(0)
-        cosine = F.cosine_similarity(x[:, None], x, dim=-1)
-        alike = F.cosine_similarity(centred[:, None], centred, dim=-1).clamp_min(0)
+        cosine = F.cosine_similarity(x[:, None], x, dim=-1)  # (20, 20)
+        likeness = F.cosine_similarity(centred[:, None], centred, dim=-1).clamp_min(0)
 
-        def apart(i, kept):
-            return min(1 - cosine[i, j].item() for j in kept or set(range(20)) - {i})
+        def distance(i, kept):
+            others = kept or [j for j in range(20) if j != i]
+            return min(1 - cosine[i, j].item() for j in others)
 
         def volume(i, kept):
             rows = [*kept, i]
-            return round(torch.logdet(cosine[rows][:, rows]).item(), 9)  # the first: 0
+            determinant = torch.logdet(cosine[rows][:, rows])
+            return round(determinant.item(), 9)  # the first: 0
 
         def covered(i, kept):
-            return alike[:, [*kept, i]].amax(1).sum().item()
+            nearest = likeness[:, [*kept, i]].amax(1)
+            return nearest.sum().item()
 
-        for keep, value in zip(keeps, (apart, volume, covered)):
-            kept = []
-            while len(kept) < 7:
-                kept.append(max(set(range(20)) - set(kept), key=lambda i: value(i, kept)))
-            if value is covered:  # two tokens may cover equally much
-                first, *others = keep.tolist()
-                assert covered(first, others) == pytest.approx(covered(kept[0], kept[1:]), rel=1e-5)
-            else:
-                assert keep.tolist() == sorted(kept), value.__name__
-    twins = torch.ones(2, 30, 3)
-    for choose in choices:
-        assert (choose(twins, 20).diff(dim=1) > 0).all(), "no token twice, even if all are alike"
+        assert by_distance[image].tolist() == sorted(greedy(distance, 7, 20))
+        assert by_volume[image].tolist() == sorted(greedy(volume, 7, 20))
+        first, *others = by_coverage[image].tolist()
+        best, *next_best = greedy(covered, 7, 20)
+        # Not the tokens themselves: two tokens may cover equally much.
+        assert covered(first, others) == pytest.approx(covered(best, next_best), rel=1e-5)
+
+
+@pytest.mark.parametrize("choose", [criteria.max_min_diversity, criteria.dpp, criteria.coverage])
+def test_greedy_choices_take_no_token_twice_even_if_all_are_alike(choose):
+    alike = torch.ones(2, 30, 3)
+    keep = choose(alike, 20)
+    assert (keep.diff(dim=1) > 0).all()
 
 
 def distinct_in_a_loop(s, x, c):
@@ -496,40 +734,55 @@ def distinct_in_a_loop(s, x, c):
         likeness = 0.0
         for j in range(len(z)):
             if z[j] > z[i]:
-                likeness = max(likeness, (x[i] @ x[j] / (x[i].norm() * x[j].norm())).item())
+                cosine = x[i] @ x[j] / (x[i].norm() * x[j].norm())
+                likeness = max(likeness, cosine.item())
         d[i] = z[i] - c * likeness
     return d
 
 
-def test_distinct_is_the_double_loop_also_in_a_padded_batch_and_budgets_are_nested():
+def test_distinct_is_the_double_loop_also_in_a_padded_batch():
     scores = 3 * torch.randn(6, 20)
     X = torch.randn(6, 20, 12) + 2 * torch.randn(12)
-    padded = F.pad(scores, (0, 4), value=-torch.inf), F.pad(X, (0, 0, 0, 4), value=9.0)
-    ranking = distinct(*padded)
+    padded_scores = F.pad(scores, (0, 4), value=-torch.inf)
+    padded_X = F.pad(X, (0, 0, 0, 4), value=9.0)
+    ranking = distinct(padded_scores, padded_X)  # (6, 24)
     assert (ranking[:, 20:] == -torch.inf).all()
     for s, x, d in zip(scores.double(), X.double(), ranking):
-        close(d[:20].double(), distinct_in_a_loop(s, x, throttler.C), atol=1e-3)
+        expected = distinct_in_a_loop(s, x, throttler.C)
+        close(d[:20].double(), expected, atol=1e-3)
     alone = [distinct(scores[i:i + 1], X[i:i + 1])[0] for i in range(6)]
     for K in (1, 5, 20):
         keep = select(ranking, K)
         assert keep.equal(select(torch.stack(alone), K)), "alone and in a padded batch"
         assert keep.max() < 20
-    kept = [set(select(ranking, K)[0].tolist()) for K in range(1, 21)]
-    assert all(few < more for few, more in zip(kept, kept[1:])), "the few are among the more"
 
 
-def test_distinct_keeps_exactly_k_of_a_grey_picture_and_of_ties_and_its_gradient_is_that_of_z():
-    scores = torch.randn(2, 30)
-    grey = torch.ones(2, 30, 3)
+def test_a_larger_budget_keeps_what_a_smaller_one_kept():
+    padded_scores = F.pad(3 * torch.randn(1, 20), (0, 4), value=-torch.inf)
+    ranking = distinct(padded_scores, torch.randn(1, 24, 12))
+    smaller = set()
+    for K in range(1, 21):
+        kept = set(select(ranking, K)[0].tolist())
+        assert smaller < kept
+        smaller = kept
+
+
+def test_distinct_keeps_exactly_k_of_a_grey_picture_and_of_ties():
+    scores, ties = torch.randn(2, 30), torch.zeros(2, 30)
+    X, grey = torch.randn(2, 30, 8), torch.ones(2, 30, 3)
     close(distinct(scores, grey), standardised(scores), atol=0)
-    ties = torch.zeros(2, 30)
     for K in (1, 7, 30):
-        assert select(distinct(ties, torch.randn(2, 30, 8)), K).shape == (2, K)
-        assert (select(distinct(ties, grey), K).diff(dim=1) > 0).all()
-    scores.requires_grad_()
+        assert select(distinct(ties, X), K).shape == (2, K)
+        keep = select(distinct(ties, grey), K)
+        assert (keep.diff(dim=1) > 0).all()
+
+
+def test_the_gradient_of_distinct_is_that_of_z():
+    scores = torch.randn(2, 30, requires_grad=True)
     X, weights = torch.randn(2, 30, 8), torch.randn(2, 30)
-    through_d, = torch.autograd.grad((distinct(scores, X) * weights).sum(), scores)
-    through_z, = torch.autograd.grad((standardised(scores) * weights).sum(), scores)
+    d, z = distinct(scores, X), standardised(scores)
+    through_d, = torch.autograd.grad((d * weights).sum(), scores)
+    through_z, = torch.autograd.grad((z * weights).sum(), scores)
     close(through_d, through_z, atol=0)
 
 
@@ -540,175 +793,267 @@ def test_the_ranking_takes_as_many_torch_calls_for_any_k():
         with Calls() as calls:
             select(distinct(scores, X), K)
         counts.add(calls.count)
-    assert len(counts) == 1 and counts.pop() < 60
+    count, = counts
+    assert count < 60
 
 
 def test_hardness_is_the_mean_of_the_largest_weights():
     alpha = torch.tensor([[0.9, 0.1, 0.6, 0.4], [1.0, 0.0, 1.0, 0.0]])
     assert hardness_of(alpha, 2).tolist() == pytest.approx([0.75, 1.0])
-    assert hardness_of(alpha, torch.tensor([1, 4])).tolist() == pytest.approx([0.9, 0.5])
+    own_budgets = torch.tensor([1, 4])
+    assert hardness_of(alpha, own_budgets).tolist() == pytest.approx([0.9, 0.5])
 
 
-# --- the training graph, the scenes -----------------------------------------------------------------------------------
+# --- the training graph, the scenes ---------------------------------------------------------------
 
 def test_scorer_gradient_is_finite_differences_through_everything(backbone, monkeypatch):
     """train.forward itself, in float64, noise held fixed."""
     vlm, inputs, X = backbone
     if not hasattr(vlm.decoder.norm, "variance_epsilon"):
         pytest.skip("its norms round to float32")
+
+    def float_but_for_double(tensor):
+        return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
     vlm.decoder.rotary_emb.float()
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
-    scorer, denoiser = Scorer(vlm.width).double(), Denoiser(vlm.width).double()
-    for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):  # zero as they start, they hide the rest
-        torch.nn.init.normal_(layer.weight, std=0.02)
-    graph = vlm, scorer, denoiser, [t.double() for t in whitening(X)], inputs, torch.randn_like(X)
-    weights = scorer.head.weight, scorer.blocks[0].attn.qkv.weight, denoiser.block.attn.value.weight
-    assert torch.autograd.gradcheck(lambda *_: train.forward(*graph, Budget(5), 0.5)[0], weights, eps=1e-5, atol=1e-8,
-                                    rtol=1e-3, fast_mode=True)
-    assert not any(p.requires_grad for p in vlm.model.parameters()) and not vlm.model.training
+    monkeypatch.setattr(torch.Tensor, "float", float_but_for_double)
+    scorer = Scorer(vlm.width).double()
+    denoiser = Denoiser(vlm.width).double()
+    for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):
+        torch.nn.init.normal_(layer.weight, std=0.02)  # zero as they start, they hide the rest
+    statistics = [tensor.double() for tensor in whitening(X)]
+    noise = torch.randn_like(X)
+
+    def loss(*weights):  # which gradcheck changes in place
+        graph = vlm, scorer, denoiser, statistics, inputs, noise
+        return train.forward(*graph, Budget(5), 0.5)[0]
+
+    weights = (
+        scorer.head.weight,
+        scorer.blocks[0].attn.qkv.weight,
+        denoiser.block.attn.value.weight,
+    )
+    tolerance = dict(eps=1e-5, atol=1e-8, rtol=1e-3)
+    assert torch.autograd.gradcheck(loss, weights, fast_mode=True, **tolerance)
+    assert not any(p.requires_grad for p in vlm.model.parameters())
+    assert not vlm.model.training
 
 
 @pytest.mark.parametrize("rank", [distinct, train.the_scores])
 def test_held_out_losses_lead_from_all_tokens_to_the_deployed_ones(backbone, rank):
-    """Full and deployed by the stock model, whose mask hides what is dropped; soft by the gate written out.
+    """Full and deployed by the stock model, whose mask hides what is dropped; soft by the gate.
 
     The denoiser, here a factor of 1.5, is in the soft one alone.
     """
     vlm, inputs, X = backbone
-    scores = 0.1 * torch.randn(X.shape[:2]).masked_fill(~real(inputs, X), -torch.inf)
+    valid = real(inputs, X)
+    scores = 0.1 * torch.randn(X.shape[:2]).masked_fill(~valid, -torch.inf)
     statistics, noise = whitening(X.float()), torch.randn(X.shape)
-    graph = vlm, lambda X, valid: scores, lambda X: 1.5 * X, statistics
-    batches, parts = [(inputs, noise)], train.Parts(rank=rank)
+
+    def scorer(X, valid):
+        return scores
+
+    def denoiser(X):
+        return 1.5 * X
+
+    graph = vlm, scorer, denoiser, statistics
     budget = Budget(share=0.3)
-    losses = train.held_out_losses(graph, batches, budget, 0.7, Processes("cpu"), parts)
-    assert train.feature_statistics(vlm, [([0], inputs)], 0)[-1] == real(inputs, X).sum(1).max()
-    ranking = rank(scores, X)
-    K = (0.3 * real(inputs, X).sum(1)).round().long()  # (B,), of each picture's own tokens
+    arguments = [(inputs, noise)], budget, 0.7, Processes("cpu"), train.Parts(rank=rank)
+    losses = train.held_out_losses(graph, *arguments)
+
+    ranking = rank(scores, X)  # (B, N)
+    K = (0.3 * valid.sum(1)).round().long()  # (B,), of each picture's own tokens
     few = (K // 4).clamp_min(1)
     place = ranking.argsort(dim=1, descending=True).argsort(dim=1)  # (B, N), 0 is the highest
-    shown = real(inputs, X), place < K[:, None], place < few[:, None]
-    full, deployed, quarter = (vlm.model(**stock(vlm, inputs, tokens)).loss for tokens in shown)
-    soft = vlm.loss(inputs, 1.5 * vp_gate(X.float(), soft_top_k(ranking, K, 0.7), *statistics, noise))
-    if not vlm.exact:  # no mask hides a token from a recurrent layer
-        deployed, quarter = (vlm.loss(inputs, X, select(ranking, kept)) for kept in (K, few))
+    full = vlm.model(**stock(vlm, inputs, valid)).loss
+    if vlm.exact:
+        deployed = vlm.model(**stock(vlm, inputs, place < K[:, None])).loss
+        quarter = vlm.model(**stock(vlm, inputs, place < few[:, None])).loss
+    else:  # no mask hides a token from a recurrent layer
+        deployed = vlm.loss(inputs, X, select(ranking, K))
+        quarter = vlm.loss(inputs, X, select(ranking, few))
+    alpha = soft_top_k(ranking, K, 0.7)
+    gated = vp_gate(X.float(), alpha, *statistics, noise)
+    soft = vlm.loss(inputs, denoiser(gated))
     expected = [loss.item() for loss in (full, soft, deployed, quarter)]
     assert list(losses.values()) == pytest.approx(expected, abs=1e-4)
-    assert len({round(loss, 3) for loss in losses.values()}) == 4
-    known = train.held_out_losses(graph, batches, budget, 0.7, Processes("cpu"), parts, full=1.5)
+    different = {round(loss, 3) for loss in losses.values()}
+    assert len(different) == 4
+
+    known = train.held_out_losses(graph, *arguments, full=1.5)
     assert known == losses | {"full_loss": 1.5}
+    *_, most = train.feature_statistics(vlm, [([0], inputs)], 0)
+    assert most == valid.sum(1).max()
+
+
+class KnownLosses:
+    """In place of a VLM: the loss of a batch stands in its inputs."""
+    model = SimpleNamespace(device="cpu")
+
+    def encode(self, inputs):
+        return torch.randn(1, 9, 4)
+
+    def loss(self, inputs, X, keep=None):
+        return inputs["loss"]
 
 
 def test_a_held_out_loss_is_a_mean_over_words():
     """One word at 4 nats and three words at 8: 7 nats a word."""
-    vlm = SimpleNamespace(
-        model=SimpleNamespace(device="cpu"),
-        encode=lambda inputs: torch.randn(1, 9, 4),
-        loss=lambda inputs, X, keep=None: inputs["loss"],
-    )
-    graph = vlm, lambda X, valid: X[..., 0], torch.nn.Identity(), (torch.zeros(4), torch.eye(4))
+    def scorer(X, valid):
+        return X[..., 0]
+
+    statistics = torch.zeros(4), torch.eye(4)
+    graph = KnownLosses(), scorer, torch.nn.Identity(), statistics
     one = {"labels": torch.tensor([[-100, -100, -100, 5]]), "loss": torch.tensor(4.0)}
     three = {"labels": torch.tensor([[-100, 5, 5, 5]]), "loss": torch.tensor(8.0)}
     batches = [(inputs, torch.randn(1, 9, 4)) for inputs in (one, three)]
     losses = train.held_out_losses(graph, batches, Budget(2), 0.5, Processes("cpu"))
-    assert set(losses.values()) == {7.0} and len(losses) == 4
+    assert list(losses.values()) == 4 * [7.0]
 
 
 def test_feature_statistics_are_of_tokens_drawn_from_all_of_each_picture(monkeypatch):
     """Pictures of 100, 100 and 40 tokens, each of which holds its own number in all four channels.
 
-    Padding holds -1. Two levels of two channels: alike within a level, and without covariance beyond.
+    Padding holds -1. Two levels of two channels: alike within a level, and without covariance
+    beyond.
     """
     counts = torch.tensor([[100], [100], [40]])
     numbers = torch.arange(100.0)
     visual = numbers < counts  # (3, 100)
     X = numbers.where(visual, -1).unsqueeze(-1).expand(-1, -1, 4)  # (3, 100, 4)
     vlm = SimpleNamespace(levels=2, encode=lambda inputs: X, visual=lambda inputs: visual)
-    calls = []
-    monkeypatch.setattr(train, "whitening", lambda tokens: calls.append(tokens) or whitening(tokens))
-    mean, L, most = train.feature_statistics(vlm, [([0, 1, 2], None)], seed=0)
-    drawn = calls[0][:, 0].view(3, 32).tolist()
-    assert all(len(set(tokens)) == 32 and min(tokens) >= 0 for tokens in drawn)
-    assert max(drawn[0]) > 64 and drawn[0] != drawn[1] and most == 100
-    level = torch.full((2, 2), calls[0][:, 0].var(correction=0).item())
+    batches = [([0, 1, 2], None)]
+    whitened = []
+
+    def spy(tokens):
+        whitened.append(tokens)
+        return whitening(tokens)
+
+    monkeypatch.setattr(train, "whitening", spy)
+    mean, L, most = train.feature_statistics(vlm, batches, seed=0)
+    drawn = whitened[0][:, 0]
+    by_picture = drawn.view(3, 32).tolist()
+    for tokens in by_picture:
+        assert len(set(tokens)) == 32, "a token twice"
+        assert min(tokens) >= 0, "padding"
+    assert max(by_picture[0]) > 64
+    assert by_picture[0] != by_picture[1]
+    assert most == 100
+    level = torch.full((2, 2), drawn.var(correction=0).item())
     close(L @ L.T, torch.block_diag(level, level), atol=0.1)
-    close(mean, calls[0][:, 0].mean().expand(4), atol=1e-3)
-    train.feature_statistics(vlm, [([0, 1, 2], None)], seed=1)
-    assert not calls[0].equal(calls[2])
+    close(mean, drawn.mean().expand(4), atol=1e-3)
+    train.feature_statistics(vlm, batches, seed=1)
+    assert not whitened[0].equal(whitened[2])
 
 
-def test_the_seed_decides_first_weights_and_noise_which_is_another_for_each_sample(vlm):
-    """Whatever was drawn before, and whatever else is in the batch."""
-    def first(seed):
-        torch.randn(1)
-        return train.what_learns(vlm, SimpleNamespace(seed=seed, lr=None), train.Parts(), "cpu")
+def what_learns_first(vlm, seed):
+    """(modules, optimizer) of a run before its first step, whatever was drawn before."""
+    torch.randn(1)
+    settings = SimpleNamespace(seed=seed, lr=None)
+    modules, optimizer, _ = train.what_learns(vlm, settings, train.Parts(), "cpu")
+    return modules, optimizer
 
-    modules, optimizer, _ = first(3)
-    same, other = first(3)[0], first(4)[0]
+
+def test_the_seed_decides_the_first_weights(vlm):
+    modules, optimizer = what_learns_first(vlm, seed=3)
+    same, _ = what_learns_first(vlm, seed=3)
+    other, _ = what_learns_first(vlm, seed=4)
     for name in ("scorer.head.weight", "denoiser.block.attn.value.weight"):
         weight = modules.state_dict()[name]
-        assert weight.equal(same.state_dict()[name]) and not weight.equal(other.state_dict()[name])
+        assert weight.equal(same.state_dict()[name])
+        assert not weight.equal(other.state_dict()[name])
     parameters = {*modules["scorer"].parameters(), *modules["denoiser"].parameters()}
     assert parameters == set(optimizer.param_groups[0]["params"])
+
+
+def test_each_sample_has_its_own_noise_whatever_else_is_in_the_batch(vlm):
     inputs = vlm.inputs(SCENES, QUESTIONS)
     noise = train.noise_for(vlm, inputs, [0, 7, 4000], 3)  # (3, 144, 128)
-    assert noise[1].equal(train.noise_for(vlm, inputs, [7, 8, 9], 3)[0])
-    assert not noise.isclose(train.noise_for(vlm, inputs, [0, 7, 4000], 4)).all(-1).any()
+    in_another_batch = train.noise_for(vlm, inputs, [7, 8, 9], 3)
+    assert noise[1].equal(in_another_batch[0])
+    other_seed = train.noise_for(vlm, inputs, [0, 7, 4000], 4)
+    assert not noise.isclose(other_seed).all(-1).any()
     close(covariance(noise.flatten(1).T), torch.eye(3), atol=0.05)
 
 
 def test_the_training_is_the_papers_but_for_the_ranking():
     parts = train.Parts()
+    assert parts.rank is distinct, "ours; the papers' is --choose top"
+    assert parts.top_k is soft_top_k
+    assert parts.gate is vp_gate
+    assert parts.denoiser is Denoiser
     assert isinstance(parts.denoiser(16).block.attn, DiagonalAttention)
+    assert throttler.C == 4, "as the shipped pruner and all results"
     args = train.parse_arguments(["--data", "coco.json"])
     assert (args.steps, args.batch, args.keep.of(576)) == (4000, 32, 64)
     with torch.device("meta"):
-        rate = train.what_learns(SimpleNamespace(width=1024), args, parts, "meta")[-1]
+        *_, rate = train.what_learns(SimpleNamespace(width=1024), args, parts, "meta")
     assert rate == pytest.approx(2e-4, rel=0.05)
-    assert throttler.C == 4, "as the shipped pruner and all results"
-    assert parts.rank is distinct, "ours; the papers' is --choose top"
-    assert parts.top_k is soft_top_k and parts.gate is vp_gate and parts.denoiser is Denoiser
-    falling = [0.1 + 1.9 * (1 + math.cos(math.pi * 2 * t)) / 2 for t in (0, 0.125, 0.25, 0.375)]
-    assert [train.temperature(t) for t in (0, 0.125, 0.25, 0.375, 0.5, 1)] == pytest.approx([*falling, 0.1, 0.1])
 
 
-def test_scenes_are_unambiguous_and_splits_disjoint(tmp_path, monkeypatch):
-    scenes = [shapes.draw_scene(f"{split}-{i}") for split in (*shapes.SPLITS, "pretrain") for i in range(24)]
-    assert len({image.tobytes() for image, _ in scenes}) == len(scenes)
+def test_tau_falls_along_half_a_cosine_to_the_middle_of_the_run():
+    for t in (0, 0.125, 0.25, 0.375):
+        half_cosine = (1 + math.cos(math.pi * 2 * t)) / 2
+        assert train.temperature(t) == pytest.approx(0.1 + 1.9 * half_cosine)
+    assert [train.temperature(t) for t in (0.5, 1)] == pytest.approx([0.1, 0.1])
+
+
+def test_scenes_are_unambiguous_and_splits_disjoint():
+    scenes = []
+    for split in (*shapes.SPLITS, "pretrain"):
+        scenes += [shapes.draw_scene(f"{split}-{i}") for i in range(24)]
+    different = {image.tobytes() for image, _ in scenes}
+    assert len(different) == len(scenes)
     for image, objects in scenes:
-        assert len({o["shape"] for o in objects}) == len({o["color"] for o in objects}) == len(objects)
+        assert len({o["shape"] for o in objects}) == len(objects)
+        assert len({o["color"] for o in objects}) == len(objects)
         for o in objects:  # the middle of every object has its colour: clutter lies behind
             pixel = image.getpixel((round(o["x"]), round(o["y"])))
-            assert min(shapes.COLORS, key=lambda c: math.dist(pixel, shapes.COLORS[c])) == o["color"]
+            distance = {name: math.dist(pixel, rgb) for name, rgb in shapes.COLORS.items()}
+            assert min(distance, key=distance.get) == o["color"]
+
+
+def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "FOLDER", tmp_path)
-    drawn = (shapes.prepare(dict.fromkeys(shapes.SPLITS, 1)) / "test/00000.jpg").read_bytes()
+    one_of_each = dict.fromkeys(shapes.SPLITS, 1)
+    picture = shapes.prepare(one_of_each) / "test/00000.jpg"
+    drawn = picture.read_bytes()
     for path in tmp_path.rglob("*.*"):
-        path.write_bytes(b"{}")  # all is there, but not by this code
-    assert (shapes.prepare(dict.fromkeys(shapes.SPLITS, 1)) / "test/00000.jpg").read_bytes() == drawn
+        path.write_bytes(b"{}")
+    picture = shapes.prepare(one_of_each) / "test/00000.jpg"
+    assert picture.read_bytes() == drawn
 
 
-# --- a run that is stopped, split or disturbed ------------------------------------------------------------------------
+# --- a run that is stopped, split or disturbed ----------------------------------------------------
 
 def captions_file(folder, field="images", changes={}):
-    """A COCO captions file of the six example scenes, after changes to its second image or annotation."""
-    content = {"images": [dict(id=i, file_name=p.name) for i, p in enumerate(EXAMPLES)],
-               "annotations": [dict(id=i, image_id=i, caption=f"Caption{i * ' red'}.") for i in range(6)]}
+    """A COCO captions file of the six examples, after changes to its second image or annotation."""
+    images = [dict(id=i, file_name=path.name) for i, path in enumerate(EXAMPLES)]
+    captions = [dict(id=i, image_id=i, caption=f"Caption{i * ' red'}.") for i in range(6)]
+    content = {"images": images, "annotations": captions}
     content[field][1] |= changes
-    (folder / "coco.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
-    return folder / "coco.json"
+    path = folder / "coco.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    return path
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """tiny(…): a run of six steps on the example scenes, to tmp_path/out."""
     monkeypatch.setattr(train, "SPARSE", 1)
-    argv = "--keep 20 --steps 6 --batch 4 --eval-every 2 --save-every 1 --workers 0 --device cpu".split()
-    return functools.partial(run, train.main, "--data", captions_file(tmp_path), "--images", PICTURES, "--model", TINY,
-                             "--out", tmp_path / "out", *argv)
+    paths = ["--data", captions_file(tmp_path), "--images", PICTURES, "--model", TINY]
+    settings = "--keep 20 --steps 6 --batch 4 --eval-every 2 --save-every 1 --workers 0".split()
+    argv = [*paths, "--out", tmp_path / "out", *settings, "--device", "cpu"]
+    return functools.partial(run, train.main, *argv)
 
 
 def in_a_process(f):
-    """f() in a forked process with one thread; its exit code, or minus the signal that killed it."""
-    child = multiprocessing.get_context("fork").Process(target=lambda: torch.set_num_threads(1) or f())
+    """f() in a forked process of one thread; its exit code, or minus the signal that killed it."""
+    def with_one_thread():
+        torch.set_num_threads(1)
+        f()
+
+    child = multiprocessing.get_context("fork").Process(target=with_one_thread)
     child.start()
     child.join()
     return child.exitcode
@@ -716,82 +1061,135 @@ def in_a_process(f):
 
 def signal_on_call(patch, number, where, name, nth):
     """From now on the nth call of where.name begins with a signal to this process."""
-    f, calls = getattr(where, name), itertools.count(1)
+    f = getattr(where, name)
+    calls = itertools.count(1)
 
-    def wrapped(*a, **kw):
+    def with_signal(*args, **options):
         if next(calls) == nth:
             signal.raise_signal(number)
-        return f(*a, **kw)
-    patch.setattr(where, name, wrapped)
+        return f(*args, **options)
+
+    patch.setattr(where, name, with_signal)
 
 
 def log_of(out):
-    return [json.loads(line) | {"seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
+    """The rows of a run's log; seconds, which differ between equal runs, are 0."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"seconds": 0} for line in lines]
+
+
+def tensors_of(out):
+    """All that a run has saved: of its scorer and of its checkpoint."""
+    scorer = load_file(out / "scorer.safetensors")
+    return scorer | load_file(out / "checkpoint.safetensors")
+
+
+def training_pictures(folder, images):
+    """[(picture, captions), …] that a run of seed 0 on these images learns from."""
+    pairs = coco_files.read_coco(captions_file(folder), images)
+    training, _ = coco_files.split(pairs, 0)
+    return training
+
+
+CLIPPING = torch.nn.utils, "clip_grad_norm_", 2  # the second call of it
+INTERRUPTIONS = [  # signal, on which call, --save-every, exit code, steps that are saved
+    (signal.SIGKILL, CLIPPING, 1, -9, 1),
+    (signal.SIGKILL, (os, "fsync", 2), 1, -9, 1),
+    (signal.SIGKILL, (train, "held_out_losses", 2), 1, -9, 4),
+    (signal.SIGTERM, CLIPPING, 100, 143, 6),
+    (signal.SIGINT, CLIPPING, 100, 130, 8),
+]
 
 
 def test_killed_and_stopped_five_times_it_ends_as_if_it_had_not_been(tmp_path, tiny, monkeypatch):
-    """A kill costs the step. A first SIGTERM or SIGINT lets it end, and saves before --save-every says so."""
-    whole, killed, argv = tmp_path / "whole", tmp_path / "out", ["--steps", 9, "--watch", EXAMPLES[0]]
-    assert in_a_process(lambda: tiny(*argv, "--out", whole)) == 0
-    clip = torch.nn.utils, "clip_grad_norm_", 2
-    for number, place, every, code, step in (
-            (signal.SIGKILL, clip, 1, -9, 1), (signal.SIGKILL, (os, "fsync", 2), 1, -9, 1),
-            (signal.SIGKILL, (train, "held_out_losses", 2), 1, -9, 4),
-            (signal.SIGTERM, clip, 100, 143, 6), (signal.SIGINT, clip, 100, 130, 8)):
+    """A kill costs the step.
+
+    A first SIGTERM or SIGINT lets the step end, and saves before --save-every says so.
+    """
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    settings = ["--steps", 9, "--watch", EXAMPLES[0]]
+    assert in_a_process(lambda: tiny(*settings, "--out", whole)) == 0
+    for number, call, save_every, code, step in INTERRUPTIONS:
+        argv = [*settings, "--save-every", save_every]
         with monkeypatch.context() as patch:
-            signal_on_call(patch, number, *place)
-            assert in_a_process(lambda: tiny(*argv, "--save-every", every)) == code, place
-        assert running.read_checkpoint(killed / "checkpoint.safetensors")[1]["step"] == step
-        argv = [*argv, "--resume"]
-    assert in_a_process(lambda: tiny(*argv, "--workers", 1)) == 0
-    a, b = ({k: t for name in ("scorer", "checkpoint") for k, t in load_file(out / f"{name}.safetensors").items()}
-            for out in (whole, killed))
-    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    assert log_of(whole) == log_of(killed) and len(log_of(whole)) == 5
-    frames, same = (json.loads((out / "watched.json").read_text())["frames"] for out in (whole, killed))
-    assert frames == same and [at["step"] for at in frames] == list(range(9))
-    assert all(sum(at["alpha"][0]) == pytest.approx(20, abs=0.01) for at in frames)
+            signal_on_call(patch, number, *call)
+            assert in_a_process(lambda: tiny(*argv)) == code, call
+        _, state = running.read_checkpoint(out / "checkpoint.safetensors")
+        assert state["step"] == step
+        settings = [*settings, "--resume"]
+    assert in_a_process(lambda: tiny(*settings, "--workers", 1)) == 0
+
+    expected, tensors = tensors_of(whole), tensors_of(out)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].equal(tensor), name
+    assert log_of(out) == log_of(whole)
+    assert len(log_of(whole)) == 5
+    frames = json.loads((whole / "watched.json").read_text())["frames"]
+    assert json.loads((out / "watched.json").read_text())["frames"] == frames
+    assert [frame["step"] for frame in frames] == list(range(9))
+    for frame in frames:
+        assert sum(frame["alpha"][0]) == pytest.approx(20, abs=0.01)
+
+
+def adam_moments(out):
+    """Adam's first moments of all that learns, in one vector: the gradients of the steps so far."""
+    tensors = load_file(out / "checkpoint.safetensors")
+    names = [name for name in sorted(tensors) if name.endswith("exp_avg")]
+    return torch.cat([tensors[name].flatten() for name in names])
+
+
+def train_in_two_processes(*argv):
+    """stderr of train.py under torchrun."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = [sys.executable, *launcher, ROOT / "train.py", *argv]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def test_processes_and_parts_are_the_whole_batch(tmp_path, tiny):
-    """Two processes, also with a sharded LLM, and parts of 3 and 1: the gradients (Adam's moments) of the whole batch.
+    """The same gradients from two processes, also with a sharded LLM, and from parts of 3 and 1.
 
-    The LLM's words are faint, so that no gradient is long enough to be clipped, which would hide a factor.
+    The LLM's words are faint, so that no gradient is long enough to be clipped, which would hide a
+    factor.
     """
     faint = changed(tmp_path, "model.safetensors", {"language_model.lm_head.weight": 0.02})
-    def moments(name):
-        tensors = load_file(tmp_path / name / "checkpoint.safetensors")
-        return torch.cat([tensors[k].flatten() for k in sorted(tensors) if k.endswith("exp_avg")])
-    short = "--model", faint, "--steps", 2, "--eval-every", 1, "--out"
+    short = ["--model", faint, "--steps", 2, "--eval-every", 1, "--out"]
+    _, *usual = tiny.args  # after main
     for name, *more in (["two"], ["sharded", "--shard"]):
-        argv = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-        argv += [ROOT / "train.py", *tiny.args[1:], *short, tmp_path / name, *more]
-        done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
-        assert done.returncode == 0 and "Traceback" not in done.stderr and done.stderr.count("keep 20") == 1
+        stderr = train_in_two_processes(*usual, *short, tmp_path / name, *more)
+        assert "Traceback" not in stderr
+        assert stderr.count("keep 20") == 1
     tiny(*short, tmp_path / "one")
     tiny(*short, tmp_path / "parts", "--at-once", 3)
-    assert 0 < moments("one").norm() < 0.1
+    expected = adam_moments(tmp_path / "one")
+    assert 0 < expected.norm() < 0.1
     for other in ("two", "sharded", "parts"):
-        assert (moments("one") - moments(other)).abs().max() < 1e-4 * moments("one").abs().max(), other
-        for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / other)):
-            assert a == pytest.approx(b, rel=2e-4)
+        error = (expected - adam_moments(tmp_path / other)).abs().max()
+        assert error < 1e-4 * expected.abs().max(), other
+        for row, expected_row in zip(log_of(tmp_path / other), log_of(tmp_path / "one")):
+            assert expected_row == pytest.approx(row, rel=2e-4)
 
 
 def test_a_shard_is_half_of_every_layer():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     vlm = load(TINY)
-    whole, layers = vlm.memory(0, 1)["frozen"], vlm.model.model.language_model.layers
+    whole = vlm.memory(0, 1)["frozen"]
+    layers = vlm.model.model.language_model.layers
     half = sum(p.nbytes for p in layers.parameters()) / 2
     Processes.shard(SimpleNamespace(world=2, device="cpu"), vlm)
     dist.destroy_process_group()
-    assert whole - vlm.memory(0, 1)["frozen"] == pytest.approx(half, rel=0.01)
+    saved = whole - vlm.memory(0, 1)["frozen"]
+    assert saved == pytest.approx(half, rel=0.01)
 
 
 def test_a_checkpoint_brings_back_all_of_a_run(tmp_path):
     def start(resume):
         modules = torch.nn.ModuleDict({"scorer": torch.nn.Linear(2, 2)})
+        optimizer = torch.optim.AdamW(modules.parameters())
         run = running.Run(tmp_path, {"batch": 4}, Processes("cpu"), resume)
-        run.hold(modules, torch.optim.AdamW(modules.parameters()), {"mean": torch.randn(2)})
+        run.hold(modules, optimizer, {"mean": torch.randn(2)})
         return run
 
     run = start(resume=False)
@@ -803,71 +1201,117 @@ def test_a_checkpoint_brings_back_all_of_a_run(tmp_path):
     run.save(3)
     run.lock.close()
     again = start(resume=True)
-    assert again.step == 3 and again.skipped == {"broken.jpg"} and 100 < again.seconds() < 200
-    assert again.curve == run.curve and again.statistics["mean"].equal(run.statistics["mean"])
+    assert again.step == 3
+    assert again.skipped == {"broken.jpg"}
+    assert 100 < again.seconds() < 200
+    assert again.curve == run.curve
+    assert again.statistics["mean"].equal(run.statistics["mean"])
     close(again.modules.state_dict(), run.modules.state_dict(), atol=0)
-    close(again.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"], atol=0)
+    moments = again.optimizer.state_dict()["state"]
+    close(moments, run.optimizer.state_dict()["state"], atol=0)
 
 
-def test_a_run_is_not_lost(tmp_path, tiny, monkeypatch):
-    """Not to another run, other settings or weights, a full disk, or a loss that is no number."""
-    def full_disk():
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_is_not_lost_to_another_or_to_a_full_disk(tmp_path, tiny):
+    def on_a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file may become larger
         complaint("checkpoint.safetensors: cannot be written", tiny, "--overwrite")
 
     out = tmp_path / "out"
     complaint("--resume", tiny, "--resume")
     tiny("--steps", 1)
-    state = {f.name: f.read_bytes() for f in out.iterdir()}
+    before = contents(out)
     complaint("--overwrite", tiny)
-    copy = shutil.copy(tmp_path / "coco.json", tmp_path / "copy.json")
-    pictures = shutil.copytree(PICTURES, tmp_path / "pictures")
-    for other in (("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--choose", "top"),
-                  ("--watch", PICTURE), ("--steps", 2), ("--dtype", "bfloat16"), ("--data", copy),
-                  ("--images", pictures), ("--model", "another")):
-        complaint(f"^{other[0]}", tiny, "--steps", 1, "--resume", *other)
+    same_captions = shutil.copy(tmp_path / "coco.json", tmp_path / "copy.json")
+    same_pictures = shutil.copytree(PICTURES, tmp_path / "pictures")
+    for option, value in (
+        ("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--steps", 2),
+        ("--choose", "top"), ("--dtype", "bfloat16"), ("--watch", PICTURE),
+        ("--data", same_captions), ("--images", same_pictures), ("--model", "another"),
+    ):
+        complaint(f"^{option}", tiny, "--steps", 1, "--resume", option, value)
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         complaint("another run is writing there", tiny, "--overwrite")
-    assert in_a_process(full_disk) == 0 and {f.name: f.read_bytes() for f in out.iterdir()} == state
-    for name in ("log.jsonl", "watched.json"):
-        (tmp_path / "own").mkdir(exist_ok=True)
-        (tmp_path / "own" / name).write_text("my own")
-        complaint(f"holds {name}.*--overwrite", tiny, "--out", tmp_path / "own")
-        assert (tmp_path / "own" / name).read_text() == "my own"
-        (tmp_path / "own" / name).unlink()
-    complaint("UTF-8|utf-8", tiny, "--out", tmp_path / os.fsdecode(b"caf\xe9"))
+    assert in_a_process(on_a_full_disk) == 0
+    assert contents(out) == before
+
+
+def test_a_run_is_not_continued_with_other_content(tmp_path, tiny, monkeypatch):
+    """Other captions in the same file, other weights in the same folder, half a checkpoint."""
+    def refused(field):
+        complaint(f"^{field} .* content", tiny, "--steps", 1, "--resume")
+
+    tiny("--steps", 1)
     captions_file(tmp_path, "annotations", {"caption": "Another."})
-    assert in_a_process(lambda: complaint("^--data .* content", tiny, "--steps", 1, "--resume")) == 0
+    assert in_a_process(lambda: refused("--data")) == 0
     monkeypatch.setattr(train, "fingerprint", lambda model: "of other weights")
-    assert in_a_process(lambda: complaint("^--model .* content", tiny, "--steps", 1, "--resume")) == 0
-    (out / "checkpoint.safetensors").write_bytes(state["checkpoint.safetensors"][:-9])
+    assert in_a_process(lambda: refused("--model")) == 0
+    checkpoint = tmp_path / "out/checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
     complaint("checkpoint.safetensors", tiny, "--resume", "--steps", 1)
     complaint("a loss or its gradient is", tiny, "--overwrite", "--lr", 1e30)
+
+
+def test_a_run_writes_over_no_file_of_the_users(tmp_path, tiny):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in ("log.jsonl", "watched.json"):
+        path = folder / name
+        path.write_text("my own")
+        complaint(f"holds {name}.*--overwrite", tiny, "--out", folder)
+        assert path.read_text() == "my own"
+        path.unlink()
+    no_utf8 = os.fsdecode(b"caf\xe9")
+    complaint("UTF-8|utf-8", tiny, "--out", tmp_path / no_utf8)
     complaint("nothing to choose", tiny, "--out", tmp_path / "all", "--keep", "all")
 
 
-@pytest.mark.parametrize("command, words", [
-    ("train --keep 0", "--keep '0' is no budget"), ("train --keep 145", "145: .*144 visual tokens"),
-    ("train --keep ~16", "~16"), ("train --lr inf", "--lr inf"), ("train --seed 18446744073709551616", "--seed"),
-    ("train --questions none.jsonl", "none.jsonl"), ("train --watch a.jpg", "a.jpg"),
-    ("train --data no.json", "no.json"), ("train --model ./no/such", "no/such"), ("train --out LICENSE", "--out"),
+@pytest.mark.parametrize("command, pattern", [
+    ("train --keep 0", "--keep '0' is no budget"),
+    ("train --keep 145", "145: .*144 visual tokens"),
+    ("train --keep ~16", "~16"),
+    ("train --lr inf", "--lr inf"),
+    ("train --seed 18446744073709551616", "--seed"),
+    ("train --questions none.jsonl", "none.jsonl"),
+    ("train --watch a.jpg", "a.jpg"),
+    ("train --data no.json", "no.json"),
+    ("train --model ./no/such", "no/such"),
+    ("train --out LICENSE", "--out"),
     ("train --device meta", "random:"),
     ("train --model random:llava-1.5-7b", "for bench.py"),
-    ("infer PICTURE ? --model random:llava-1.5-7b", "for bench.py"), ("infer PICTURE ? --device cuda:99", "cuda:99"),
-    ("infer PICTURE ? --device toaster", "--device cpu"), ("infer gone.jpg ?", "gone.jpg"),
-    ("infer -", "standard input"), ("infer", "picture"), ("infer --questions q", "--answers"),
-    ("infer PICTURE ? --keep 145", "144"), ("infer PICTURE ' '", "empty"),
-    ("infer PICTURE ? --keep 9 --threshold 1", "without --keep"), ("infer PICTURE ? --pruner no", "no:"),
-    ("infer PICTURE --show k.png", "--show"), ("infer PICTURE ? --show no/k.png", "--show no/k.png"),
-    ("infer PICTURE 'a <image>' --keep 9", "<image>"), ("infer --questions q --answers a.json", "ends in .jsonl"),
-    ("bench --keep 0", "--keep"), ("bench --count", "leave --model out"), ("bench --json /no/x.json", "--json")])
-def test_wrong_arguments_are_one_line_and_leave_nothing(command, words, tmp_path, tiny, monkeypatch):
+    ("infer PICTURE ? --model random:llava-1.5-7b", "for bench.py"),
+    ("infer PICTURE ? --device cuda:99", "cuda:99"),
+    ("infer PICTURE ? --device toaster", "--device cpu"),
+    ("infer gone.jpg ?", "gone.jpg"),
+    ("infer -", "standard input"),
+    ("infer", "picture"),
+    ("infer --questions q", "--answers"),
+    ("infer PICTURE ? --keep 145", "144"),
+    ("infer PICTURE ' '", "empty"),
+    ("infer PICTURE ? --keep 9 --threshold 1", "without --keep"),
+    ("infer PICTURE ? --pruner no", "no:"),
+    ("infer PICTURE --show k.png", "--show"),
+    ("infer PICTURE ? --show no/k.png", "--show no/k.png"),
+    ("infer PICTURE 'a <image>' --keep 9", "<image>"),
+    ("infer --questions q --answers a.json", "ends in .jsonl"),
+    ("bench --keep 0", "--keep"),
+    ("bench --count", "leave --model out"),
+    ("bench --json /no/x.json", "--json"),
+])
+def test_wrong_arguments_are_one_line_and_leave_nothing(
+        command, pattern, tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(ROOT)
+    programs = {
+        "train": tiny,
+        "infer": functools.partial(run, infer.main, "--device", "cpu"),
+        "bench": functools.partial(run, bench.main, "--model", TINY, "--device", "cpu"),
+    }
     program, *argv = shlex.split(command.replace("PICTURE", str(PICTURE)))
-    start = {"train": tiny, "infer": functools.partial(run, infer.main, "--device", "cpu"),
-             "bench": functools.partial(run, bench.main, "--model", TINY, "--device", "cpu")}
-    complaint(words, start[program], *argv)
+    complaint(pattern, programs[program], *argv)
     assert not (tmp_path / "out/checkpoint.safetensors").exists()
 
 
@@ -876,77 +1320,101 @@ def test_processes_that_cannot_work_together_are_refused(vlm, monkeypatch):
         monkeypatch.setattr(os, "environ", {"RANK": rank, "WORLD_SIZE": world})
         complaint("torchrun", Processes, "cpu")
     monkeypatch.setattr(os, "environ", {"RANK": "", "WORLD_SIZE": ""})
-    processes, args = Processes("cpu"), SimpleNamespace(batch=8, at_once=3, checkpointing=False, shard=True)
+    processes = Processes("cpu")
+    args = SimpleNamespace(batch=8, at_once=3, checkpointing=False, shard=True)
     assert processes.plan(vlm, 1000, args) == (3, 3)
-    types = [infer.number_type(SimpleNamespace(device=device, dtype=None)) for device in ("cpu", "cuda:1")]
-    assert types == ["float32", "bfloat16"]
     for processes.world in (9, 3):
         complaint("--batch 8", processes.plan, vlm, 1000, args)
 
 
+@pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("cuda:1", "bfloat16")])
+def test_numbers_are_as_exact_as_the_device_is_fast_at(device, dtype):
+    args = SimpleNamespace(device=device, dtype=None)
+    assert infer.number_type(args) == dtype
+
+
 def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch):
-    lrs, norms, asked, tokens = [], [], [], []
-    step, forward, whiten = torch.optim.AdamW.step, train.forward, train.whitening
+    rates, norms, schedule, statistics_of = [], [], [], []
+    step, forward = torch.optim.AdamW.step, train.forward
 
-    def spy(self):
-        lrs.append(self.param_groups[0]["lr"])
-        norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
-        return step(self)
+    def step_spy(optimizer):
+        group, = optimizer.param_groups
+        gradient = torch.cat([p.grad.flatten() for p in group["params"]])
+        rates.append(group["lr"])
+        norms.append(gradient.norm().item())
+        return step(optimizer)
 
-    def steep(*graph):
+    def steep_forward(*graph):
+        *_, budget, tau, _ = graph
         if torch.is_grad_enabled():
-            asked.append((graph[-3].count, graph[-2]))
+            schedule.append((budget.count, tau))
         loss, alpha = forward(*graph)
         return 1e4 * loss, alpha
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    monkeypatch.setattr(train, "forward", steep)
-    monkeypatch.setattr(train, "whitening", lambda X: tokens.append(len(X)) or whiten(X))
+
+    def whitening_spy(X):
+        statistics_of.append(len(X))
+        return whitening(X)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    monkeypatch.setattr(train, "forward", steep_forward)
+    monkeypatch.setattr(train, "whitening", whitening_spy)
     tiny("--steps", 12, "--lr", 1e-4, "--eval-every", 20)
-    assert lrs == pytest.approx([1e-4 * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)])
-    assert norms == pytest.approx([1.0] * 12, rel=1e-3), "every gradient is longer than 1, and clipped to it"
-    assert asked == [(20, train.temperature(i / 12)) for i in range(12)]
-    assert tokens == [5 * 32], "32 tokens of each training image"
+    half_cosine = [(1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
+    assert rates == pytest.approx([1e-4 * share for share in half_cosine])
+    assert norms == pytest.approx([1.0] * 12, rel=1e-3), "longer than 1, and clipped to it"
+    assert schedule == [(20, train.temperature(i / 12)) for i in range(12)]
+    assert statistics_of == [5 * 32], "32 tokens of each training image"
+
+
+def light_of(inputs):
+    """One number for each picture of a batch, by which it is recognised."""
+    return inputs["pixel_values"].sum((1, 2, 3)).tolist()
 
 
 def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
-        tmp_path, tiny, vlm, monkeypatch, capsys):
-    """Three steps of four samples, from five pictures; the sixth is held out. The denoiser learns."""
+        tmp_path, tiny, vlm, monkeypatch):
+    """Three steps of four samples, from five pictures; the sixth is held out."""
     pairs = coco_files.read_coco(captions_file(tmp_path), PICTURES)
     training, held_out = coco_files.split(pairs, 3)
-    data = coco_files.Captions(training, 3)
-    forward, learned_from, looked_at, noises, results = train.forward, [], [], [], []
-
-    def light(inputs):
-        return inputs["pixel_values"].sum((1, 2, 3)).tolist()
+    samples = coco_files.Captions(training, 3)
+    forward, learned_from, evaluated_on, noises, results = train.forward, [], [], [], []
 
     def spy(*graph):
         frozen, scorer, _, _, inputs, noise, *_ = graph
         loss, alpha = forward(*graph)
         if torch.is_grad_enabled():
-            learned_from.extend(light(inputs))
+            learned_from.extend(light_of(inputs))
             noises.extend(noise[:, 0, 0].tolist())
             hardness = alpha.topk(20).values.mean()
             results.append((loss.item(), hardness.item()))
         else:
-            looked_at.extend(light(inputs))
+            evaluated_on.extend(light_of(inputs))
         assert not any(p.requires_grad for p in frozen.model.parameters())
-        assert not any(p.grad is not None and p.grad.any() for p in scorer.parameters())
+        for p in scorer.parameters():
+            assert p.grad is None or not p.grad.any()
         return loss, alpha
 
     monkeypatch.setattr(train, "forward", spy)
     tiny("--seed", 3, "--steps", 3, "--eval-every", 2)
-    pictures = [data[g][1] for g in range(12)]
-    assert learned_from == pytest.approx(light(vlm.inputs(pictures, ["?"] * 12)), rel=1e-4)
-    unseen = light(vlm.inputs([read_image(held_out[0][0])], ["?"]))
-    assert looked_at == pytest.approx(2 * unseen, rel=1e-4)
+    expected = [samples[number][1] for number in range(12)]
+    expected_light = light_of(vlm.inputs(expected, ["?"] * 12))
+    assert learned_from == pytest.approx(expected_light, rel=1e-4)
+    unseen = read_image(held_out[0][0])
+    unseen_light = light_of(vlm.inputs([unseen], ["?"]))
+    assert evaluated_on == pytest.approx(2 * unseen_light, rel=1e-4)
     assert len(set(noises)) == 12
     log = log_of(tmp_path / "out")
-    logged = [(row["loss"], row["hardness"]) for row in log]
-    assert torch.tensor(logged).allclose(torch.tensor(results[::2]), atol=1e-3)
+    logged = torch.tensor([(row["loss"], row["hardness"]) for row in log])
+    assert logged.allclose(torch.tensor(results[::2]), atol=1e-3)
     assert len({row["full_loss"] for row in log}) == 1
-    first, *_ = train.what_learns(vlm, SimpleNamespace(seed=3, lr=None), train.Parts(), "cpu")
-    numbers = sum(p.numel() for p in first.parameters())
-    assert f"{numbers:,} parameters learn" in capsys.readouterr().err, "what the memory plan counts"
+
+
+def test_all_that_counts_as_learning_learns(tmp_path, tiny, vlm, capsys):
+    first, _ = what_learns_first(vlm, seed=3)
+    tiny("--seed", 3, "--steps", 3, "--eval-every", 2)
+    count = sum(p.numel() for p in first.parameters())
+    stderr = capsys.readouterr().err
+    assert f"{count:,} parameters learn" in stderr, "what the memory plan counts"
     last = load_file(tmp_path / "out/checkpoint.safetensors")
     for name, weight in first.state_dict().items():
         assert not weight.equal(last[name]), name
@@ -954,12 +1422,22 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
 
 def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch, capsys):
     """And the thresholds and the closing table are its own."""
-    losses, quarters, at = iter([0.1, 5.0, 4.0, 3.0, 2.5, 2.0]), iter([1.0, 1.0, 1.0, 1.0, 1.0, 4.0]), []
-    monkeypatch.setattr(train, "held_out_losses", lambda graph, *_: at.append(graph[1].head.weight.clone()) or
-                        {"full_loss": 1.0, "soft_loss": 3.0, "deployed_loss": next(losses),
-                         "quarter_loss": next(quarters)})
-    monkeypatch.setattr(train, "hardness_of", lambda alpha, K: torch.full((len(alpha),), 0.79))
-    closing, calibrated = [], []
+    deployed = iter([0.1, 5.0, 4.0, 3.0, 2.5, 2.0])
+    quarter = iter([1.0, 1.0, 1.0, 1.0, 1.0, 4.0])
+    evaluated, closing, calibrated = [], [], []
+
+    def held_out_losses(graph, *_):
+        _, scorer, *_ = graph
+        evaluated.append(scorer.head.weight.clone())
+        return {
+            "full_loss": 1.0,
+            "soft_loss": 3.0,
+            "deployed_loss": next(deployed),
+            "quarter_loss": next(quarter),
+        }
+
+    def low_hardness(alpha, K):
+        return torch.full((len(alpha),), 0.79)
 
     def thresholds(vlm, scorer, choose, batches):
         closing.append(scorer.head.weight.clone())
@@ -967,452 +1445,806 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
         calibrated.extend([choose, pixels.sum().item()])
         return {"images": 1, "shares": [0.1, 1.0], "values": [1.0, -1.0]}
 
-    def table(vlm, scorer, *_):
+    def accuracy_table(vlm, scorer, *_):
         closing.append(scorer.head.weight.clone())
         return {"all 144": {"a": 0.8}, "scorer 20": {"a": 0.4}}
 
-    monkeypatch.setattr(train, "thresholds", thresholds)
-    monkeypatch.setattr(train, "accuracy_table", table)
-    files.write(tmp_path / "q.jsonl", [question(label="red")])
-    tiny("--steps", 10, "--choose", "top", "--questions", tmp_path / "q.jsonl", "--json")
-    log = log_of(tmp_path / "out")
+    for replacement in (held_out_losses, thresholds, accuracy_table):
+        monkeypatch.setattr(train, replacement.__name__, replacement)
+    monkeypatch.setattr(train, "hardness_of", low_hardness)
+    questions_file = tmp_path / "q.jsonl"
+    files.write(questions_file, [question(label="red")])
+    tiny("--steps", 10, "--choose", "top", "--questions", questions_file, "--json")
     out, err = capsys.readouterr()
     assert "warning: hardness 0.79 at the end" in err
     result = json.loads(out.splitlines()[-1])
     assert result["retention"] == 50
-    _, ((held_out, _),) = coco_files.split(coco_files.read_coco(tmp_path / "coco.json", PICTURES), 0)
-    light = load(TINY).inputs([read_image(held_out)], ["?"])["pixel_values"].sum().item()
+
+    pairs = coco_files.read_coco(tmp_path / "coco.json", PICTURES)
+    _, ((held_out, _),) = coco_files.split(pairs, 0)
+    light, = light_of(load(TINY).inputs([read_image(held_out)], ["?"]))
     assert calibrated == ["top", pytest.approx(light, rel=1e-4)]
-    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9] and log[-3]["tau"] == log[-1]["tau"] == 0.1
+    log = log_of(tmp_path / "out")
+    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9]
+    assert log[-3]["tau"] == log[-1]["tau"] == 0.1
     scorer, settings = pruner.load_pruner(tmp_path / "out")
-    assert settings["best"]["step"] == 8 and scorer.head.weight.equal(at[4]), "the first, 0.1, was luck: tau was high"
-    assert len(closing) == 2 and all(weight.equal(at[4]) for weight in closing)
+    best = evaluated[4]
+    assert settings["best"]["step"] == 8, "the first, 0.1, was luck: tau was high"
+    assert scorer.head.weight.equal(best)
+    assert [weight.equal(best) for weight in closing] == [True, True]
 
 
 def test_evaluations_are_rare_until_tau_is_down(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(train, "SPARSE", 3)
     tiny("--steps", 16)
-    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 6, 8, 10, 12, 14, 15]
+    log = log_of(tmp_path / "out")
+    assert [row["step"] for row in log] == [0, 6, 8, 10, 12, 14, 15]
 
 
-def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(tmp_path, tiny, capsys, monkeypatch):
+def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(
+        tmp_path, tiny, capsys, monkeypatch):
     """One is cut off; the other is read, and then refused by the model's processor."""
     images = shutil.copytree(PICTURES, tmp_path / "images")
-    training, _ = coco_files.split(coco_files.read_coco(captions_file(tmp_path), images), 0)
+    training = training_pictures(tmp_path, images)
     argv = ["--images", images, "--steps", 2, "--batch", 5, "--workers", 1, "--overwrite"]
-    (first, _), (second, _) = training[1], training[3]
+    first, second = training[1][0], training[3][0]
     first.write_bytes(first.read_bytes()[:500])
     tiny(*argv)
-    assert f"unreadable images, 1, each replaced by the next: {first}" in capsys.readouterr().err
-    refused, kind = read_image(second), type(load(TINY).processor.image_processor)
-    call = kind.__call__
+    warning = f"unreadable images, 1, each replaced by the next: {first}"
+    assert warning in capsys.readouterr().err
 
-    def picky(self, images, *a, **kw):
-        if refused in (sum(images, []) if isinstance(images, list) else [images]):
+    too_long = read_image(second)
+    kind = type(load(TINY).processor.image_processor)
+    process = kind.__call__
+
+    def process_but_one(self, images, *args, **options):
+        nested = isinstance(images, list)
+        pictures = sum(images, []) if nested else [images]
+        if too_long in pictures:
             raise ValueError("absolute aspect ratio must be smaller than 200")
-        return call(self, images, *a, **kw)
-    monkeypatch.setattr(kind, "__call__", picky)
-    complaint(f"2 of 5 images could not be read.*{min(first, second)}.*{max(first, second)}", tiny, *argv)
+        return process(self, images, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", process_but_one)
+    names = sorted([first, second])
+    complaint(f"2 of 5 images could not be read.*{names[0]}.*{names[1]}", tiny, *argv)
 
 
-@pytest.mark.parametrize("dtype, choose", [("bfloat16", "distinct"), ("float16", "top")])
-def test_half_precision_changes_little_and_the_frozen_model_not_at_all(tmp_path, tiny, monkeypatch, dtype, choose):
-    out, half, argv, loaded = tmp_path / "out", tmp_path / "half", ("--steps", 2, "--choose", choose), []
-    ranks, forward = set(), train.forward
-    monkeypatch.setattr(train, "forward", lambda *graph: ranks.add(graph[-1].rank) or forward(*graph))
-    monkeypatch.setattr(train, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
+@pytest.mark.parametrize("dtype, choose, rank", [
+    ("bfloat16", "distinct", distinct),
+    ("float16", "top", train.the_scores),
+])
+def test_half_precision_changes_little_and_the_frozen_model_not_at_all(
+        tmp_path, tiny, monkeypatch, dtype, choose, rank):
+    out, half = tmp_path / "out", tmp_path / "half"
+    ranks, loaded, forward = set(), [], train.forward
+
+    def forward_spy(*graph):
+        *_, parts = graph
+        ranks.add(parts.rank)
+        return forward(*graph)
+
+    def load_spy(*args):
+        loaded.append(load(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(train, "forward", forward_spy)
+    monkeypatch.setattr(train, "load", load_spy)
+    argv = ["--steps", 2, "--choose", choose]
     tiny(*argv)
     tiny(*argv, "--out", half, "--dtype", dtype, "--checkpointing", "--at-once", 2)
-    assert all(t.dtype == torch.float32 for t in load_file(half / "checkpoint.safetensors").values())
-    for a, b in zip(log_of(half), log_of(out)):
-        assert a["deployed_loss"] == pytest.approx(b["deployed_loss"], rel=0.1)
-    frozen, stock = loaded[0].model, load(TINY).model
+    assert ranks == {rank}
     assert pruner.load_pruner(out)[1]["choose"] == choose
-    assert ranks == {distinct if choose == "distinct" else train.the_scores}
-    assert all(a.equal(b) for a, b in zip(frozen.state_dict().values(), stock.state_dict().values()))
+    for tensor in load_file(half / "checkpoint.safetensors").values():
+        assert tensor.dtype == torch.float32
+    for row, expected in zip(log_of(half), log_of(out)):
+        assert row["deployed_loss"] == pytest.approx(expected["deployed_loss"], rel=0.1)
+    trained_with, untouched = loaded[0].model.state_dict(), load(TINY).model.state_dict()
+    for a, b in zip(trained_with.values(), untouched.values()):
+        assert a.equal(b)
 
 
-@pytest.mark.parametrize("end, words", [
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker .* exited unexpectedly|killed by signal"),
-    (lambda: time.sleep(60), "DataLoader timed out"), (lambda: bytearray(10 ** 15), "MemoryError")])
-def test_whatever_befalls_a_worker_the_run_ends_with_one_line(end, words, tiny, monkeypatch, capfd):
-    def read(*source):
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(60)
+
+
+def run_out_of_memory():
+    bytearray(10 ** 15)
+
+
+@pytest.mark.parametrize("fault, pattern", [
+    (be_killed, "DataLoader worker .* exited unexpectedly|killed by signal"),
+    (hang, "DataLoader timed out"),
+    (run_out_of_memory, "MemoryError"),
+])
+def test_whatever_befalls_a_worker_the_run_ends_with_one_line(
+        fault, pattern, tiny, monkeypatch, capfd):
+    def read_in_a_worker(*source):
         if torch.utils.data.get_worker_info():
-            end()
+            fault()
         return read_image(*source)
-    monkeypatch.setattr(coco_files, "read_image", read)
+
+    monkeypatch.setattr(coco_files, "read_image", read_in_a_worker)
     monkeypatch.setattr(coco_files, "WAIT", 3)
     with pytest.raises(SystemExit):
         files.cli(lambda: tiny("--workers", 1))
     *_, last = capfd.readouterr().err.strip().splitlines()
-    assert re.match(f"error: .*({words}).*; .*(--workers 0|fewer images)", last)
+    assert re.match(f"error: .*({pattern}).*; .*(--workers 0|fewer images)", last)
 
 
 def test_workers_need_no_shared_memory_for_pictures(tmp_path, vlm, monkeypatch):
     """Torch would take 64 MB of /dev/shm in a container for its own; here it has none at all."""
-    def full(*_):
+    def no_space(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_space)
     monkeypatch.setattr(coco_files, "WAIT", 20)
-    data = coco_files.Captions(list(coco_files.read_coco(captions_file(tmp_path), PICTURES).items()), seed=0)
-    batches = [[[0, 1], [2, 3, 4]]] * 2
-    one, other = (list(coco_files.load_batches(vlm, data, numbers, "Describe it.", workers, set()))
-                  for numbers, workers in zip(batches, (0, 1)))
-    for (numbers, inputs, _), (same, unpacked, _) in zip(one, other, strict=True):
-        assert tuple(numbers) == tuple(same) and inputs.keys() == unpacked.keys()
-        assert all(inputs[name].equal(unpacked[name]) for name in inputs)
+    pairs = coco_files.read_coco(captions_file(tmp_path), PICTURES)
+    samples = coco_files.Captions(list(pairs.items()), seed=0)
+
+    def batches(workers):
+        numbers = [[0, 1], [2, 3, 4]]
+        loader = coco_files.load_batches(vlm, samples, numbers, "Describe it.", workers, set())
+        return list(loader)
+
+    for without, packed in zip(batches(workers=0), batches(workers=1), strict=True):
+        numbers, inputs, _ = without
+        same_numbers, same_inputs, _ = packed
+        assert tuple(numbers) == tuple(same_numbers)
+        assert inputs.keys() == same_inputs.keys()
+        for name, tensor in inputs.items():
+            assert tensor.equal(same_inputs[name]), name
 
 
 def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
     """Of another size, or with other bytes; one that could not be read may be mended."""
     images = shutil.copytree(PICTURES, tmp_path / "images")
-    argv = "--images", images, "--steps", 1
-    training, _ = coco_files.split(coco_files.read_coco(captions_file(tmp_path), images), 0)
-    path = training[2][0]
-    content = path.read_bytes()
-    path.write_bytes(content[:500])
+    argv = ["--images", images, "--steps", 1]
+    training = training_pictures(tmp_path, images)
+    broken, other = training[2][0], training[0][0]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:500])
     tiny(*argv)
-    path.write_bytes(content)
+    broken.write_bytes(content)
     tiny(*argv, "--resume")
-    other = training[0][0]
-    for bad in (EXAMPLES[-1].read_bytes() + b"longer", other.read_bytes()[:-9] + b"123456789"):
-        good = other.read_bytes()
-        other.write_bytes(bad)
-        refused = functools.partial(complaint, f"{other.name}: not the same content", tiny, *argv, "--resume")
+
+    def refused():
+        complaint(f"{other.name}: not the same content", tiny, *argv, "--resume")
+
+    content = other.read_bytes()
+    longer = EXAMPLES[-1].read_bytes() + b"longer"
+    other_end = content[:-9] + b"123456789"
+    for wrong in (longer, other_end):
+        other.write_bytes(wrong)
         assert in_a_process(refused) == 0
-        other.write_bytes(good)
-    names = captions_file(tmp_path).read_text(encoding="utf-8-sig")
-    for old, new in ((EXAMPLES[0].name, "-"), (EXAMPLES[1].name, EXAMPLES[0].name), ("-", EXAMPLES[1].name)):
-        names = names.replace(f'"{old}"', f'"{new}"')  # the same captions and pictures, paired otherwise
-    (tmp_path / "coco.json").write_text(names)
-    assert in_a_process(functools.partial(complaint, "^--data .* content", tiny, *argv, "--resume")) == 0
+        other.write_bytes(content)
+
+    paired = captions_file(tmp_path).read_text(encoding="utf-8-sig")
+    first, second = EXAMPLES[0].name, EXAMPLES[1].name
+    for old, new in ((first, "-"), (second, first), ("-", second)):
+        paired = paired.replace(f'"{old}"', f'"{new}"')  # the same captions and pictures
+    (tmp_path / "coco.json").write_text(paired)
+
+    def refused_pairs():
+        complaint("^--data .* content", tiny, *argv, "--resume")
+
+    assert in_a_process(refused_pairs) == 0
 
 
 def test_every_import_goes_down():
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    files = [p for name in floor for p in (sorted(ROOT.glob(f"{name}/**/*.py")) or [ROOT / f"{name}.py"])]
-    assert len(files) > 20
-    for path in files:
-        mine = path.relative_to(ROOT).with_suffix("").parts[0]
-        for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.M):
-            assert name == mine or name not in floor or floor[name] < floor[mine], (path, name)
+    floor, paths = {}, []
+    for number, names in enumerate(FLOORS):
+        for name in names:
+            floor[name] = number
+            in_folder = sorted(ROOT.glob(f"{name}/**/*.py"))
+            paths += in_folder or [ROOT / f"{name}.py"]
+    assert len(paths) > 20
+    for path in paths:
+        own = path.relative_to(ROOT).with_suffix("").parts[0]
+        imported = re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.M)
+        for name in set(imported) & set(floor) - {own}:
+            assert floor[name] < floor[own], (path, name)
 
 
 def logits_of(vlm, sequence, cache=None):
     """Logits of the prefill's last state and of each of eight decoded tokens, (8, B, V)."""
-    options = dict(max_new_tokens=8, min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    options = dict(max_new_tokens=8, min_new_tokens=8)
     if cache:
         options[infer.CACHE] = cache
     with vlm.telling(sequence) as given:
-        return torch.stack(vlm.model.generate(**given, **options).logits)
+        generated = vlm.model.generate(
+            **given, **options, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(generated.logits)
+
+
+def mask_of(keep, N):
+    """(B, N) bool: the tokens in keep (B, K), in which -1 is padding."""
+    with_padding = torch.zeros(len(keep), N + 1, dtype=torch.bool)
+    return with_padding.scatter(1, keep + 1, True)[:, 1:]
 
 
 def test_pruning_is_the_stock_model_with_pruned_tokens_masked(backbone):
     vlm, inputs, X = backbone
-    plain, full, valid = stock(vlm, inputs), vlm.embed(inputs, X), real(inputs, X)
-    near = 1e-8 if hasattr(vlm.decoder.norm, "variance_epsilon") else 2e-5
+    B, N, _ = X.shape  # images, visual tokens
+    plain, full = stock(vlm, inputs), vlm.embed(inputs, X)
+    rounds = not hasattr(vlm.decoder.norm, "variance_epsilon")
+    near = 2e-5 if rounds else 1e-8
     close(logits_of(vlm, full), logits_of(vlm, plain), atol=near)
     close(vlm.loss(inputs, X), vlm.model(**plain).loss.double(), atol=2e-6)
-    every = torch.arange(X.shape[1]).expand(len(X), -1).masked_fill(~valid, -1).sort(1).values
-    for keep in (every, torch.full((len(X), 1), -1), some(X, inputs)):
-        shown = torch.zeros(len(X), X.shape[1] + 1, dtype=torch.bool).scatter(1, keep + 1, True)[:, 1:]
-        pruned, oracle = vlm.embed(inputs, X, keep), stock(vlm, inputs, shown)
-        vlm.model.generate(**plain, max_new_tokens=2)  # leaves rope_deltas behind, which must not matter
-        if vlm.exact or keep is every:
-            close(logits_of(vlm, pruned), logits_of(vlm, oracle), atol=near)
-            close(vlm.loss(inputs, X, keep), vlm.model(**oracle).loss.double(), atol=2e-6)
+    numbers = torch.arange(N).expand(B, -1)
+    everything = numbers.masked_fill(~real(inputs, X), -1).sort(1).values
+    nothing = torch.full((B, 1), -1)
+    for keep in (everything, nothing, some(X, inputs)):
+        pruned = vlm.embed(inputs, X, keep)
+        masked = stock(vlm, inputs, mask_of(keep, N))
+        vlm.model.generate(**plain, max_new_tokens=2)  # leaves rope_deltas, which must not matter
+        if vlm.exact or keep is everything:
+            close(logits_of(vlm, pruned), logits_of(vlm, masked), atol=near)
+            expected = vlm.model(**masked).loss.double()
+            close(vlm.loss(inputs, X, keep), expected, atol=2e-6)
     assert pruned["attention_mask"].shape[1] < full["attention_mask"].shape[1]
-    # a deliberate mistake must be seen: nothing dropped, or positions closed up
-    closed = (pruned["attention_mask"].cumsum(-1) - 1).clamp_min(0).expand_as(pruned["position_ids"])
-    for mistake in (full, {**pruned, "position_ids": closed}):
-        assert (logits_of(vlm, mistake) - logits_of(vlm, oracle)).abs().max() > 1e-3
-    labels = [vlm.processor.tokenizer.decode(row[row != -100]).strip() for row in inputs["labels"]]
-    assert labels == [caption + "</s>" for caption in CAPTIONS], "labels are the caption and the end of text"
+
+    # A deliberate mistake must be seen: nothing dropped, or positions closed up.
+    closed_up = (pruned["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    closed_up = closed_up.expand_as(pruned["position_ids"])
+    for mistake in (full, {**pruned, "position_ids": closed_up}):
+        error = logits_of(vlm, mistake) - logits_of(vlm, masked)
+        assert error.abs().max() > 1e-3
+
+
+def test_labels_are_the_caption_and_the_end_of_text(backbone):
+    vlm, inputs, _ = backbone
+    for row, caption in zip(inputs["labels"], CAPTIONS, strict=True):
+        text = vlm.processor.tokenizer.decode(row[row != -100])
+        assert text.strip() == caption + "</s>"
 
 
 def test_gradient_checkpointing_changes_nothing(backbone):
-    """Also with gaps in the positions, which transformers takes for packed sequences where there is no mask."""
+    """Also with gaps in the positions.
+
+    Where there is no mask, transformers takes these for packed sequences.
+    """
     vlm, inputs, X = backbone
-    x, keeps, results, calls = X.clone().requires_grad_(), (None, some(X, inputs)), [], []
-    hook = vlm.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    x = X.clone().requires_grad_()
+    keep = some(X, inputs)
+    results, calls = [], []
+    mlp = vlm.decoder.layers[0].mlp
+    hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for start in (vlm.model.eval, vlm.recompute):
         start()
-        losses = [vlm.loss(inputs, x, keep) for keep in keeps]
-        results.append((losses, torch.autograd.grad(sum(losses), x)))
+        losses = [vlm.loss(inputs, x), vlm.loss(inputs, x, keep)]
+        gradient = torch.autograd.grad(sum(losses), x)
+        results.append((losses, gradient))
     hook.remove()
-    slope, = torch.autograd.grad(vlm.loss(inputs, x, keeps[1]), x)
-    kept = torch.zeros(len(X), X.shape[1] + 1, dtype=torch.bool).scatter(1, keeps[1] + 1, True)[:, 1:]
+    slope, = torch.autograd.grad(vlm.loss(inputs, x, keep), x)
     vlm.model.eval()  # which turns it off
     close(*results, atol=1e-12, rtol=1e-9)
-    assert slope[kept].norm(dim=-1).min() > 0 and not slope[~kept].any(), "it reaches every kept token"
+    kept = mask_of(keep, X.shape[1])
+    assert slope[kept].norm(dim=-1).min() > 0, "it reaches every kept token"
+    assert not slope[~kept].any()
     assert len(calls) == 2 + 4, "it must run twice for each loss"
 
 
 def brightness(vlm, dark, picture):
-    """How much brighter than a dark one a picture is at each of its patches, (patches of all tiles,)."""
+    """(patches of all tiles,): how much brighter than a dark one a picture is at each patch."""
     light = vlm.inputs([picture], ["?"])["pixel_values"] - dark["pixel_values"]
     if "image_grid_thw" in dark:  # (patches, pixels): four are a token
-        return light.view(-1, 4 * light.shape[1]).sum(1)
-    tiles = light.flatten(0, -4).unflatten(2, (4, 8)).unflatten(4, (4, 8))  # of 4 x 4 patches
-    return tiles.sum((1, 3, 5)).flatten()
+        four_patches = 4 * light.shape[1]
+        return light.view(-1, four_patches).sum(1)
+    tiles = light.flatten(0, -4)  # (tiles, 3, 32, 32)
+    patches = tiles.unflatten(2, (4, 8)).unflatten(4, (4, 8))  # (tiles, 3, 4, 8, 4, 8)
+    return patches.sum((1, 3, 5)).flatten()
 
 
 def test_a_box_is_where_its_token_looks(backbone):
-    """A picture that is white in one box only: of all patches of its view, that token's is the brightest."""
+    """In a picture that is white in one box only, the brightest patch of a view is that token's."""
     vlm, inputs, _ = backbone
-    if not vlm.tokens and "image_grid_thw" not in inputs and "newline" not in str(vlm.model.state_dict().keys()):
-        return complaint("is unknown", vlm.boxes, inputs)
-    for size in SIZES[:1] if vlm.tokens else SIZES:  # LLaVA-1.5 crops to a square, and speaks of that
+    has_grid = vlm.tokens or "image_grid_thw" in inputs
+    if not has_grid and "newline" not in str(vlm.model.state_dict().keys()):
+        complaint("is unknown", vlm.boxes, inputs)
+        return
+    sizes = SIZES[:1] if vlm.tokens else SIZES  # LLaVA-1.5 crops to a square, and speaks of that
+    for size in sizes:
         dark = vlm.inputs([Image.new("RGB", size)], ["?"])
         boxes, N = vlm.boxes(dark), vlm.encode(dark).shape[1]
+        assert boxes.shape == (N, 4)
         nowhere = (boxes == 0).all(1)  # a class token, the ends of rows
-        patches = (~nowhere).nonzero().flatten().tolist()
-        numbers = torch.arange(N) - int(vlm.tokens == 17)  # 17: with the class token of 'full'
+        looking = (~nowhere).nonzero().flatten().tolist()
+        assert (boxes[looking, 2:] > boxes[looking, :2]).all()
+        patch_of = torch.arange(N)
+        if vlm.tokens == 17:  # with the class token of 'full'
+            patch_of = patch_of - 1
         if "image_sizes" in dark:
-            numbers, (rows, columns) = architectures.pack(vlm.model, dark["image_sizes"][0])
-            assert nowhere.sum() == (numbers == -1).sum() > 1
-        assert boxes.shape == (N, 4) and (boxes[patches, 2:] > boxes[patches, :2]).all()
-        for i in patches[::5]:
+            patch_of, _ = architectures.pack(vlm.model, dark["image_sizes"][0])
+            assert nowhere.sum() == (patch_of == -1).sum() > 1
+        for i in looking[::5]:
+            corners = boxes[i] * torch.tensor(2 * size)
             picture = Image.new("RGB", size)
-            picture.paste("white", [round(share * side) for share, side in zip(boxes[i].tolist(), 2 * size)])
+            picture.paste("white", corners.round().int().tolist())
             light = brightness(vlm, dark, picture)
             if "image_sizes" in dark:  # the whole picture comes first, then its tiles
-                light[slice(16, None) if i < 16 else slice(16)] = -1
-            assert light.argmax() == numbers[i] and light.max() > 0
+                other_view = slice(16, None) if i < 16 else slice(16)
+                light[other_view] = -1
+            assert light.argmax() == patch_of[i]
+            assert light.max() > 0
 
 
 def test_the_memory_plan_is_what_autograd_keeps(vlm):
     """Nothing of the encoder, and logits at the caption only."""
-    inputs, scorer, denoiser, kept = vlm.inputs(SCENES, QUESTIONS, CAPTIONS), Scorer(128), Denoiser(128), {}
-    graph = vlm, scorer, denoiser, whitening(vlm.encode(inputs)), inputs, torch.randn(3, 144, 128)
-    weights = {p.data_ptr() for module in (vlm.model, scorer, denoiser) for p in module.state_dict().values()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id):
+    inputs = vlm.inputs(SCENES, QUESTIONS, CAPTIONS)
+    scorer, denoiser = Scorer(128), Denoiser(128)
+    statistics = whitening(vlm.encode(inputs))
+    graph = vlm, scorer, denoiser, statistics, inputs, torch.randn(3, 144, 128)
+    weights, kept = set(), {}
+    for module in (vlm.model, scorer, denoiser):
+        weights |= {tensor.data_ptr() for tensor in module.state_dict().values()}
+
+    def keep_storage(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep_storage, unpack):
         loss, _ = train.forward(*graph, Budget(16), 0.5)
-    used = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    used = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
     planned = vlm.memory(learned=1000, B=3)["activations"]
-    assert loss.requires_grad and 0.6 * planned < used < 1.2 * planned
-    optimizer = torch.optim.AdamW(denoiser.parameters())
-    for p in denoiser.parameters():
+    assert loss.requires_grad
+    assert 0.6 * planned < used < 1.2 * planned
+
+
+def test_the_memory_plan_counts_weights_gradients_and_moments(vlm):
+    _, L = whitening(torch.randn(500, 128))
+    denoiser = Denoiser(128)
+    weights = list(denoiser.parameters())
+    optimizer = torch.optim.AdamW(weights)
+    for p in weights:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    moments = [m[name] for m in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    learned = [*denoiser.parameters(), *(p.grad for p in denoiser.parameters()), *moments]
-    _, L = graph[3]
-    plan = vlm.memory(sum(p.numel() for p in denoiser.parameters()), B=1)
-    assert plan["learned"] == sum(t.nbytes for t in [*learned, L])
+    learned = [*weights, *(p.grad for p in weights), L]
+    for state in optimizer.state.values():
+        learned += [state["exp_avg"], state["exp_avg_sq"]]
+    plan = vlm.memory(sum(p.numel() for p in weights), B=1)
+    assert plan["learned"] == sum(tensor.nbytes for tensor in learned)
     assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters())
-    free = (16 * 1000 + L.nbytes + 3.5 * plan["activations"]) / 0.9  # a tenth is the reserve
-    assert [vlm.images_that_fit(1000, share * free) for share in (1, 0.5, 0.1)] == [3, 1, 0]
+    three_and_a_half = 16 * 1000 + L.nbytes + 3.5 * plan["activations"]
+    free = three_and_a_half / 0.9  # a tenth is the reserve
+    fitting = [vlm.images_that_fit(1000, share * free) for share in (1, 0.5, 0.1)]
+    assert fitting == [3, 1, 0]
 
 
-# --- other classes: tiny random models without a processor ------------------------------------------------------------
+# --- other classes: tiny random models without a processor ----------------------------------------
 
-TEXT = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2)
-EYE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32,
-           patch_size=8)
-SIG = dict(EYE, model_type="siglip_vision_model", vision_use_head=False)
-GRIDDED = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, spatial_merge_size=2,
-               temporal_patch_size=2, out_hidden_size=64)
-ROPE = dict(TEXT, rope_parameters=MROPE)
-ID = dict(image_token_id=100)
-INDEX = dict(image_token_index=100)
-QWENS = dict(ID, video_token_id=101, vision_start_token_id=102, vision_end_token_id=103)
-GLM = dict(ID, video_token_id=101, image_start_token_id=102, image_end_token_id=103, video_start_token_id=104,
-           video_end_token_id=105)
-GLM_TEXT = dict(TEXT, head_dim=64, rope_parameters=dict(MROPE, partial_rotary_factor=0.25))
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-HALF = ["sliding_attention", "full_attention"] * 2
-GROUPS = "image_grid_thw", [6, 8]  # what pictures() makes, and N of each
-ZOO = {
-    "qwen2_vl": (GROUPS, dict(QWENS, text_config=ROPE, vision_config=dict(
-        depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=8, spatial_merge_size=2, mlp_ratio=2))),
-    "qwen3_vl_moe": (GROUPS, dict(QWENS, text_config=dict(ROPE, **EXPERTS), vision_config=dict(
-        GRIDDED, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2]))),
-    "glm4v": (GROUPS, dict(GLM, text_config=GLM_TEXT, vision_config=dict(GRIDDED, image_size=32))),
-    "glm46v": (GROUPS, dict(GLM, text_config=dict(GLM_TEXT, model_type="glm4v_text"), vision_config=dict(
-        GRIDDED, model_type="glm4v_vision", image_size=32))),
-    "glm4v_moe": (GROUPS, dict(GLM, vision_config=dict(GRIDDED, image_size=32), text_config=dict(
-        GLM_TEXT, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
-        first_k_dense_replace=1, n_shared_experts=1))),
-    "hunyuan_vl": (("hunyuan", [11, 12]), dict(ID, im_start_id=102, im_end_id=103, im_newline_id=104, vision_config=EYE,
-        text_config=dict(TEXT, rope_parameters=dict(rope_type="default", mrope_section=[2, 2, 2, 2],
-                                                    rope_theta=1e4)))),
-    "paddleocr_vl": (("patches", [4, 4]), dict(QWENS, text_config=dict(ROPE, model_type="paddleocr_vl_text"),
-        vision_config=dict(EYE, model_type="paddleocr_vl_vision", image_size=64))),
-    "video_llama_3": (("merged", [4, 4]), dict(ID, video_token_id=101, text_config=dict(TEXT, model_type="qwen2"),
-        vision_config={k: v for k, v in EYE.items() if k != "image_size"})),
-    "ernie4_5_vl_moe": (("ernie", [6, 8]), dict(GLM, vision_config=dict(
-        depth=2, hidden_size=64, num_heads=4, patch_size=8, intermediate_size=64), text_config=dict(
-        TEXT, moe_num_experts=4, moe_k=2, moe_intermediate_size=[32, 32],
-        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2])))),
-    "kimi_k25": (("patches", [4, 4]), dict(QWENS, projection_hidden_size=32, text_config=dict(TEXT, model_type="llama"),
-        vision_config=dict({k: v for k, v in EYE.items() if k != "image_size"}, pos_emb_height=8, pos_emb_width=8))),
-    "llava_onevision": (("tiles", [56, 52]), dict(INDEX, video_token_index=101, vision_config=SIG,
-        text_config=dict(TEXT, model_type="qwen2"), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])),
-    "smolvlm": (("tile", [4, 4]), dict(ID, scale_factor=2, text_config=dict(TEXT, model_type="llama"),
-        vision_config=dict(SIG, model_type="smolvlm_vision"))),
-    "idefics2": (("tile", [6, 6]), dict(ID, text_config=dict(TEXT, model_type="mistral", sliding_window=None),
-        vision_config=dict(SIG, model_type="idefics2_vision"), perceiver_config=dict(
-        hidden_size=64, resampler_n_latents=6, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=16,
-        num_key_value_heads=2))),
-    "pixtral": (("sized", [16, 16]), dict(INDEX, model_type="llava", vision_feature_layer=-1,
-        vision_feature_select_strategy="full", text_config=dict(TEXT, model_type="mistral", sliding_window=None),
-        vision_config=dict(EYE, model_type="pixtral", image_size=64, head_dim=16))),
-    "aya_vision": (("square", [4, 4]), dict(INDEX, downsample_factor=2, vision_config=SIG,
-        text_config=dict(TEXT, model_type="cohere2", sliding_window=64))),
-    "cohere2_vision": (("square", [4, 4]), dict(ID, downsample_factor=2, alignment_intermediate_size=64,
-        vision_config=SIG, text_config=dict(TEXT, model_type="cohere2", sliding_window=64))),
-    "ovis2": (("square", [4, 4]), dict(ID, visual_indicator_token_ids=[110, 111, 112, 113, 114], hidden_size=64,
-        vocab_size=128, text_config=dict(TEXT, model_type="qwen2"), vision_config=dict(
-        EYE, vocab_size=40, hidden_stride=2))),
-    "deepseek_vl": (("square", [16, 16]), dict(ID, text_config=dict(TEXT, model_type="llama"), vision_config=SIG)),
-    "janus": (("square", [16, 16]), dict(ID, text_config=dict(TEXT, model_type="llama"), vision_config=dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, mlp_ratio=1.5,
-        projection_dim=64, num_image_tokens=16), vq_config=dict(
-        embed_dim=8, num_embeddings=16, latent_channels=8, num_patches=4, base_channels=32, channel_multiplier=[1, 1],
-        num_res_blocks=1, image_token_embed_dim=8, projection_dim=64))),
-    "aria": (("square", [8, 8]), dict(INDEX, projector_patch_to_query_dict={16: 8}, text_config=dict(
-        TEXT, model_type="aria_text", moe_num_experts=4, moe_topk=2),
-        vision_config=dict(SIG, model_type="idefics3_vision"))),
-    "fuyu": (("image_patches", [16, 16]), dict({k: v for k, v in TEXT.items() if k != "head_dim"}, **ID, patch_size=8,
-        text_config=dict(TEXT, model_type="persimmon"))),
-    "llama4": (("square", [4, 4]), dict(INDEX, boi_token_index=102, eoi_token_index=103, text_config=dict(
-        TEXT, intermediate_size_mlp=96, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=64,
-        no_rope_layer_interval=2), vision_config=dict(
-        EYE, intermediate_size=128, vision_output_dim=32, pixel_shuffle_ratio=0.5, projector_input_dim=32,
-        projector_output_dim=32))),
-    "gemma4": (("placed", [4, 4]), dict(ID, boi_token_id=102, eoi_token_id=103, video_token_id=104, audio_token_id=105,
-        boa_token_id=106, eoa_token_index=107, audio_config=None, text_config=dict(
-        TEXT, sliding_window=64, hidden_size_per_layer_input=8, vocab_size_per_layer_input=128, global_head_dim=16,
-        num_global_key_value_heads=2, layer_types=HALF, use_bidirectional_attention="vision"),
-        vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, patch_size=8, pooling_kernel_size=2, position_embedding_size=64))),
-    "molmo2": (("pooled", [4, 4]), dict(image_patch_id=100, image_start_token_id=102, image_end_token_id=103,
-        low_res_image_start_token_id=104, frame_start_token_id=105, frame_end_token_id=106,
-        text_config=dict(TEXT, additional_vocab_size=8), vision_config=dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, image_size=[32, 32], patch_size=8, num_position_embeddings=16), adapter_config=dict(
-        hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, intermediate_size=48,
-        text_hidden_size=64, vision_feature_layer=[-1, -2]))),
-    "minicpmv4_6": (("columns", [4, 4]), dict(ID, video_token_id=101, insert_layer_id=0, text_config=dict(
-        ROPE, model_type="qwen3_5_text", linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
-        linear_num_value_heads=4, layer_types=["linear_attention", "full_attention"] * 2),
-        vision_config=dict(SIG, model_type="minicpmv4_6_vision", insert_layer_id=0, image_size=64))),
-    "lfm2_vl": (("siglip2", [4, 4]), dict(ID, projector_hidden_size=48, downsample_factor=2, text_config=dict(
-        TEXT, model_type="lfm2", layer_types=["conv", "full_attention"] * 2, conv_L_cache=3, block_dim=64, conv_dim=64,
-        block_auto_adjust_ff_dim=False), vision_config=dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
-        model_type="siglip2_vision_model", num_patches=16, vision_use_head=False))),
-    # refused
-    "mllama": (("aspect", [1, 1]), dict(INDEX, text_config=dict(
-        TEXT, cross_attention_layers=[1], rope_parameters=dict(rope_type="default", rope_theta=1e4)),
-        vision_config=dict(hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
-        intermediate_size=48, vision_output_dim=64, image_size=32, patch_size=8, max_num_tiles=1,
-        intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1]]))),
-    "granite4_vision": (("tiles", None), dict(INDEX, text_config=dict(
-        TEXT, embedding_multiplier=2.0, logits_scaling=3.0), vision_config=dict(SIG, hidden_size=64),
-        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]], downsample_rate="1/2",
-        vision_feature_select_strategy="full", deepstack_layer_map=[[-1, 0], [0, 1]])),
-    "blip-2": (("square", [8, 8]), dict(INDEX, num_query_tokens=8, vision_config=EYE, text_config=dict(
-        model_type="opt", vocab_size=128, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, word_embed_proj_dim=64), qformer_config=dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32))),
+# Pictures of noise, two a batch, as the processors of the classes hand them on. Patches are of
+# 8 x 8 pixels, pictures of 32 x 32 unless they say otherwise.
+
+
+def plain_pictures():
+    return dict(pixel_values=torch.randn(2, 3, 32, 32))
+
+
+def pictures_with_sizes():
+    sizes = torch.tensor([[32, 32]] * 2)
+    return dict(plain_pictures(), image_sizes=sizes)
+
+
+def listed_patches(channels):
+    """The patches of both pictures in one list: 6 x 4 and 4 x 8 of them."""
+    grid = torch.tensor([[1, 6, 4], [1, 4, 8]])
+    patches = torch.randn(24 + 32, channels * 64)
+    return dict(pixel_values=patches, image_grid_thw=grid)
+
+
+def patches_of_two_frames():
+    return listed_patches(channels=6)
+
+
+def patches_of_one_frame():
+    return listed_patches(channels=3)
+
+
+def square_patches():
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    patches = torch.randn(32, 3, 8, 8)
+    return dict(pixel_values=patches, image_grid_thw=grid)
+
+
+def patches_to_merge():
+    inputs = square_patches()
+    inputs["pixel_values"] = inputs["pixel_values"].flatten(1)
+    inputs["image_merge_sizes"] = torch.tensor([2, 2])
+    return inputs
+
+
+def three_tiles():
+    """A picture as a whole, and its two halves."""
+    sizes = torch.tensor([[60, 30], [30, 64]])
+    return dict(pixel_values=torch.randn(2, 3, 3, 32, 32), image_sizes=sizes)
+
+
+def one_tile():
+    pixels = torch.randn(2, 1, 3, 32, 32)
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.long)
+    return dict(pixel_values=pixels, pixel_attention_mask=mask)
+
+
+def one_tile_with_an_aspect():
+    pixels = torch.randn(2, 1, 1, 3, 32, 32)
+    aspects = torch.ones(2, 1, dtype=torch.long)
+    mask = torch.ones(2, 1, 1, dtype=torch.long)
+    return dict(pixel_values=pixels, aspect_ratio_ids=aspects, aspect_ratio_mask=mask)
+
+
+def bare_patches():
+    return dict(image_patches=torch.randn(2, 16, 192))
+
+
+def patches_with_positions():
+    y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    positions = torch.stack([x, y], -1).view(1, 16, 2)
+    positions = positions.expand(2, -1, -1).contiguous()
+    return dict(pixel_values=torch.rand(2, 16, 192), image_position_ids=positions)
+
+
+def patches_to_pool():
+    """Four tokens a picture, each pooled from a square of 2 x 2 patches."""
+    squares = torch.arange(16).view(2, 2, 2, 2)
+    pool = squares.transpose(1, 2).reshape(4, 4)
+    return dict(
+        pixel_values=torch.randn(2, 16, 192),
+        image_token_pooling=torch.cat([pool, pool]),
+        image_grids=torch.tensor([[2, 2, 0, 0]] * 2),
+        image_num_crops=torch.tensor([1, 1]))
+
+
+def patches_side_by_side():
+    """Both pictures in one strip of 8 x 8 patches each."""
+    sizes = torch.tensor([[8, 8]] * 2, dtype=torch.int32)
+    return dict(pixel_values=torch.randn(1, 3, 8, 2 * 64 * 8), target_sizes=sizes)
+
+
+def patches_with_a_mask():
+    return dict(
+        pixel_values=torch.randn(2, 16, 192),
+        pixel_attention_mask=torch.ones(2, 16, dtype=torch.long),
+        spatial_shapes=torch.tensor([[4, 4]] * 2))
+
+
+IMAGE_ID = 100
+BEGIN_ID, END_ID = 102, 103
+HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
+HALF_LINEAR = ["linear_attention", "full_attention"] * 2
+HALF_CONVOLVED = ["conv", "full_attention"] * 2
+
+# language models
+SMALL = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=96,
+    num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=512,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL_LLAMA = dict(SMALL, model_type="llama")
+SMALL_QWEN2 = dict(SMALL, model_type="qwen2")
+SMALL_MISTRAL = dict(SMALL, model_type="mistral", sliding_window=None)
+SMALL_COHERE = dict(SMALL, model_type="cohere2", sliding_window=64)
+SMALL_MROPE = dict(SMALL, rope_parameters=MROPE)
+SMALL_GLM = dict(
+    SMALL, head_dim=64,
+    rope_parameters=dict(MROPE, partial_rotary_factor=0.25))
+SMALL_OPT = dict(
+    model_type="opt", vocab_size=128, hidden_size=64, ffn_dim=96,
+    num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=512, word_embed_proj_dim=64)
+DEFAULT_ROPE = dict(rope_type="default", rope_theta=1e4)
+
+# vision towers
+TOWER = dict(
+    hidden_size=32, intermediate_size=48,
+    num_hidden_layers=2, num_attention_heads=2)
+PATCHED = dict(TOWER, patch_size=8)  # of pictures of any size
+FIXED = dict(PATCHED, image_size=32)
+SIGLIP_TOWER = dict(FIXED, model_type="siglip_vision_model", vision_use_head=False)
+GRID_TOWER = dict(
+    depth=4, hidden_size=32, intermediate_size=48, num_heads=2,
+    patch_size=8, spatial_merge_size=2,
+    temporal_patch_size=2, out_hidden_size=64)
+GLM_TOWER = dict(GRID_TOWER, image_size=32)
+
+# the tokens about a picture
+BY_ID = dict(image_token_id=IMAGE_ID)
+BY_INDEX = dict(image_token_index=IMAGE_ID)
+QWEN_IDS = dict(
+    BY_ID, video_token_id=101,
+    vision_start_token_id=BEGIN_ID, vision_end_token_id=END_ID)
+GLM_IDS = dict(
+    BY_ID, video_token_id=101,
+    image_start_token_id=BEGIN_ID, image_end_token_id=END_ID,
+    video_start_token_id=104, video_end_token_id=105)
+
+ZOO = {  # model type: (pictures, N of each, config)
+    "qwen2_vl": (patches_of_two_frames, [6, 8], dict(
+        QWEN_IDS, text_config=SMALL_MROPE,
+        vision_config=dict(
+            depth=2, embed_dim=32, hidden_size=64, num_heads=2,
+            patch_size=8, spatial_merge_size=2, mlp_ratio=2))),
+    "qwen3_vl_moe": (patches_of_two_frames, [6, 8], dict(
+        QWEN_IDS,
+        text_config=dict(
+            SMALL_MROPE, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=32),
+        vision_config=dict(
+            GRID_TOWER, num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1, 2]))),
+    "glm4v": (patches_of_two_frames, [6, 8], dict(
+        GLM_IDS, text_config=SMALL_GLM, vision_config=GLM_TOWER)),
+    "glm46v": (patches_of_two_frames, [6, 8], dict(
+        GLM_IDS,
+        text_config=dict(SMALL_GLM, model_type="glm4v_text"),
+        vision_config=dict(GLM_TOWER, model_type="glm4v_vision"))),
+    "glm4v_moe": (patches_of_two_frames, [6, 8], dict(
+        GLM_IDS, vision_config=GLM_TOWER,
+        text_config=dict(
+            SMALL_GLM, n_routed_experts=4, num_experts_per_tok=2,
+            n_group=1, topk_group=1, moe_intermediate_size=32,
+            first_k_dense_replace=1, n_shared_experts=1))),
+    "hunyuan_vl": (patches_of_one_frame, [11, 12], dict(
+        BY_ID, im_start_id=BEGIN_ID, im_end_id=END_ID, im_newline_id=104,
+        vision_config=FIXED,
+        text_config=dict(
+            SMALL,
+            rope_parameters=dict(DEFAULT_ROPE, mrope_section=[2, 2, 2, 2])))),
+    "paddleocr_vl": (square_patches, [4, 4], dict(
+        QWEN_IDS,
+        text_config=dict(SMALL_MROPE, model_type="paddleocr_vl_text"),
+        vision_config=dict(FIXED, model_type="paddleocr_vl_vision", image_size=64))),
+    "video_llama_3": (patches_to_merge, [4, 4], dict(
+        BY_ID, video_token_id=101,
+        text_config=SMALL_QWEN2, vision_config=PATCHED)),
+    "ernie4_5_vl_moe": (patches_of_one_frame, [6, 8], dict(
+        GLM_IDS,
+        vision_config=dict(
+            depth=2, hidden_size=64, num_heads=4,
+            patch_size=8, intermediate_size=64),
+        text_config=dict(
+            SMALL, moe_num_experts=4, moe_k=2, moe_intermediate_size=[32, 32],
+            rope_parameters=dict(DEFAULT_ROPE, mrope_section=[3, 3, 2])))),
+    "kimi_k25": (square_patches, [4, 4], dict(
+        QWEN_IDS, projection_hidden_size=32, text_config=SMALL_LLAMA,
+        vision_config=dict(PATCHED, pos_emb_height=8, pos_emb_width=8))),
+    "llava_onevision": (three_tiles, [56, 52], dict(
+        BY_INDEX, video_token_index=101,
+        text_config=SMALL_QWEN2, vision_config=SIGLIP_TOWER,
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])),
+    "smolvlm": (one_tile, [4, 4], dict(
+        BY_ID, scale_factor=2, text_config=SMALL_LLAMA,
+        vision_config=dict(SIGLIP_TOWER, model_type="smolvlm_vision"))),
+    "idefics2": (one_tile, [6, 6], dict(
+        BY_ID, text_config=SMALL_MISTRAL,
+        vision_config=dict(SIGLIP_TOWER, model_type="idefics2_vision"),
+        perceiver_config=dict(
+            hidden_size=64, resampler_n_latents=6, resampler_depth=1,
+            resampler_n_heads=2, resampler_head_dim=16,
+            num_key_value_heads=2))),
+    "pixtral": (pictures_with_sizes, [16, 16], dict(
+        BY_INDEX, model_type="llava", vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        text_config=SMALL_MISTRAL,
+        vision_config=dict(FIXED, model_type="pixtral", image_size=64, head_dim=16))),
+    "aya_vision": (plain_pictures, [4, 4], dict(
+        BY_INDEX, downsample_factor=2,
+        vision_config=SIGLIP_TOWER, text_config=SMALL_COHERE)),
+    "cohere2_vision": (plain_pictures, [4, 4], dict(
+        BY_ID, downsample_factor=2, alignment_intermediate_size=64,
+        vision_config=SIGLIP_TOWER, text_config=SMALL_COHERE)),
+    "ovis2": (plain_pictures, [4, 4], dict(
+        BY_ID, hidden_size=64, vocab_size=128,
+        visual_indicator_token_ids=[110, 111, 112, 113, 114],
+        text_config=SMALL_QWEN2,
+        vision_config=dict(FIXED, vocab_size=40, hidden_stride=2))),
+    "deepseek_vl": (plain_pictures, [16, 16], dict(
+        BY_ID, text_config=SMALL_LLAMA, vision_config=SIGLIP_TOWER)),
+    "janus": (plain_pictures, [16, 16], dict(
+        BY_ID, text_config=SMALL_LLAMA,
+        vision_config=dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            image_size=32, patch_size=8, mlp_ratio=1.5,
+            projection_dim=64, num_image_tokens=16),
+        vq_config=dict(
+            embed_dim=8, num_embeddings=16, latent_channels=8,
+            num_patches=4, base_channels=32, channel_multiplier=[1, 1],
+            num_res_blocks=1, image_token_embed_dim=8, projection_dim=64))),
+    "aria": (plain_pictures, [8, 8], dict(
+        BY_INDEX, projector_patch_to_query_dict={16: 8},
+        text_config=dict(
+            SMALL, model_type="aria_text",
+            moe_num_experts=4, moe_topk=2),
+        vision_config=dict(SIGLIP_TOWER, model_type="idefics3_vision"))),
+    "fuyu": (bare_patches, [16, 16], dict(
+        BY_ID, patch_size=8,
+        vocab_size=128, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        text_config=dict(SMALL, model_type="persimmon"))),
+    "llama4": (plain_pictures, [4, 4], dict(
+        BY_INDEX, boi_token_index=BEGIN_ID, eoi_token_index=END_ID,
+        text_config=dict(
+            SMALL, intermediate_size_mlp=96,
+            num_local_experts=2, num_experts_per_tok=1,
+            attention_chunk_size=64, no_rope_layer_interval=2),
+        vision_config=dict(
+            FIXED, intermediate_size=128, vision_output_dim=32,
+            pixel_shuffle_ratio=0.5,
+            projector_input_dim=32, projector_output_dim=32))),
+    "gemma4": (patches_with_positions, [4, 4], dict(
+        BY_ID, boi_token_id=BEGIN_ID, eoi_token_id=END_ID,
+        video_token_id=104, audio_token_id=105,
+        boa_token_id=106, eoa_token_index=107, audio_config=None,
+        text_config=dict(
+            SMALL, sliding_window=64, hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=128,
+            global_head_dim=16, num_global_key_value_heads=2,
+            layer_types=HALF_SLIDING,
+            use_bidirectional_attention="vision"),
+        vision_config=dict(
+            PATCHED, num_key_value_heads=2, head_dim=16,
+            pooling_kernel_size=2, position_embedding_size=64))),
+    "molmo2": (patches_to_pool, [4, 4], dict(
+        image_patch_id=IMAGE_ID,
+        image_start_token_id=BEGIN_ID, image_end_token_id=END_ID,
+        low_res_image_start_token_id=104,
+        frame_start_token_id=105, frame_end_token_id=106,
+        text_config=dict(SMALL, additional_vocab_size=8),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            image_size=[32, 32], patch_size=8, num_position_embeddings=16),
+        adapter_config=dict(
+            hidden_size=32, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, intermediate_size=48,
+            text_hidden_size=64, vision_feature_layer=[-1, -2]))),
+    "minicpmv4_6": (patches_side_by_side, [4, 4], dict(
+        BY_ID, video_token_id=101, insert_layer_id=0,
+        text_config=dict(
+            SMALL_MROPE, model_type="qwen3_5_text",
+            linear_key_head_dim=16, linear_value_head_dim=16,
+            linear_num_key_heads=2, linear_num_value_heads=4,
+            layer_types=HALF_LINEAR),
+        vision_config=dict(
+            SIGLIP_TOWER, model_type="minicpmv4_6_vision",
+            insert_layer_id=0, image_size=64))),
+    "lfm2_vl": (patches_with_a_mask, [4, 4], dict(
+        BY_ID, projector_hidden_size=48, downsample_factor=2,
+        text_config=dict(
+            SMALL, model_type="lfm2", layer_types=HALF_CONVOLVED,
+            conv_L_cache=3, block_dim=64, conv_dim=64,
+            block_auto_adjust_ff_dim=False),
+        vision_config=dict(
+            PATCHED, model_type="siglip2_vision_model",
+            num_patches=16, vision_use_head=False))),
 }
-REFUSED = ("mllama", "granite4_vision", "blip-2")
+RECURRENT = ("lfm2_vl", "minicpmv4_6")
+REFUSED = {
+    "mllama": (one_tile_with_an_aspect, [1, 1], dict(
+        BY_INDEX,
+        text_config=dict(
+            SMALL, cross_attention_layers=[1],
+            rope_parameters=DEFAULT_ROPE),
+        vision_config=dict(
+            hidden_size=32, num_hidden_layers=2, num_global_layers=1,
+            attention_heads=2, intermediate_size=48,
+            vision_output_dim=64, image_size=32, patch_size=8,
+            max_num_tiles=1, intermediate_layers_indices=[0],
+            supported_aspect_ratios=[[1, 1]]))),
+    "granite4_vision": (three_tiles, None, dict(  # N: as its features say
+        BY_INDEX,
+        text_config=dict(SMALL, embedding_multiplier=2.0, logits_scaling=3.0),
+        vision_config=dict(SIGLIP_TOWER, hidden_size=64),
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        downsample_rate="1/2",
+        vision_feature_select_strategy="full",
+        deepstack_layer_map=[[-1, 0], [0, 1]])),
+    "blip-2": (plain_pictures, [8, 8], dict(
+        BY_INDEX, num_query_tokens=8,
+        vision_config=FIXED, text_config=SMALL_OPT,
+        qformer_config=dict(TOWER, encoder_hidden_size=32))),
+}
 
 
-def pictures_of(kind):
-    """Two pictures of noise, in the form that a class wants them."""
-    if kind in ("image_grid_thw", "ernie", "hunyuan"):
-        grid = torch.tensor([[1, 6, 4], [1, 4, 8]])
-        channels = 6 if kind == "image_grid_thw" else 3
-        return dict(pixel_values=torch.randn(24 + 32, channels * 64), image_grid_thw=grid)
-    if kind in ("patches", "merged"):
-        grid, pixels = torch.tensor([[1, 4, 4]] * 2), torch.randn(32, 3, 8, 8)
-        if kind == "merged":
-            return dict(pixel_values=pixels.flatten(1), image_grid_thw=grid, image_merge_sizes=torch.tensor([2, 2]))
-        return dict(pixel_values=pixels, image_grid_thw=grid)
-    if kind == "tiles":
-        return dict(pixel_values=torch.randn(2, 3, 3, 32, 32), image_sizes=torch.tensor([[60, 30], [30, 64]]))
-    if kind == "tile":
-        return dict(pixel_values=torch.randn(2, 1, 3, 32, 32),
-                    pixel_attention_mask=torch.ones(2, 1, 32, 32, dtype=torch.long))
-    if kind == "image_patches":
-        return dict(image_patches=torch.randn(2, 16, 192))
-    if kind == "placed":
-        y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-        places = torch.stack([x, y], -1).view(1, 16, 2).expand(2, -1, -1).contiguous()
-        return dict(pixel_values=torch.rand(2, 16, 192), image_position_ids=places)
-    if kind == "pooled":
-        pool = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
-        return dict(pixel_values=torch.randn(2, 16, 192), image_token_pooling=torch.cat([pool, pool]),
-                    image_grids=torch.tensor([[2, 2, 0, 0]] * 2), image_num_crops=torch.tensor([1, 1]))
-    if kind == "columns":
-        return dict(pixel_values=torch.randn(1, 3, 8, 2 * 64 * 8),
-                    target_sizes=torch.tensor([[8, 8]] * 2, dtype=torch.int32))
-    if kind == "siglip2":
-        return dict(pixel_values=torch.randn(2, 16, 192), pixel_attention_mask=torch.ones(2, 16, dtype=torch.long),
-                    spatial_shapes=torch.tensor([[4, 4]] * 2))
-    if kind == "aspect":
-        return dict(pixel_values=torch.randn(2, 1, 1, 3, 32, 32), aspect_ratio_ids=torch.ones(2, 1, dtype=torch.long),
-                    aspect_ratio_mask=torch.ones(2, 1, 1, dtype=torch.long))
-    sizes = dict(image_sizes=torch.tensor([[32, 32]] * 2)) if kind == "sized" else {}
-    return dict(pixel_values=torch.randn(2, 3, 32, 32), **sizes)
-
-
-def zoo_model(name):
-    """(vlm, inputs with labels): two left-padded rows with pictures, texts and captions of different lengths."""
-    (kind, counts), config = ZOO[name]
-    torch.manual_seed(0)
+def random_model(model_type, config):
+    """A stock model with weights large enough for every token to make a difference."""
+    config = {"model_type": model_type} | copy.deepcopy(config)
     try:
-        config = AutoConfig.for_model(**{"model_type": name} | copy.deepcopy(config))
+        config = AutoConfig.for_model(**config)
     except ValueError:
         pytest.skip("this transformers has no such class")
     model = AutoModelForImageTextToText.from_config(config).eval()
-    for key, p in model.named_parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.2)
-        elif p.numel() == 1 and "gate" in key:
-            torch.nn.init.constant_(p, 0.5)
-    pixels = pictures_of(kind)
+    for key, weight in model.named_parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+        elif weight.numel() == 1 and "gate" in key:
+            torch.nn.init.constant_(weight, 0.5)
+    return model
+
+
+def random_row(i, N):
+    """(ids, mask, labels), each (L,): text, a picture of N tokens, text, and a caption as label."""
+    before = torch.randint(3, 90, (3 + i,))
+    after = torch.randint(3, 90, (4 + 2 * i,))
+    caption = torch.randint(3, 90, (3 + i,))
+    picture = torch.tensor([BEGIN_ID] + N * [IMAGE_ID] + [END_ID])
+    ids = torch.cat([before, picture, after, caption])
+    is_caption = torch.arange(len(ids)) >= len(ids) - len(caption)
+    labels = ids.where(is_caption, -100)
+    return torch.stack([ids, torch.ones_like(ids), labels])
+
+
+def random_text(counts):
+    """A left-padded row for each of `counts`: texts and captions of different lengths."""
+    rows = [random_row(i, N) for i, N in enumerate(counts)]
+    L = max(row.shape[1] for row in rows)
+    padded = [F.pad(row, (L - row.shape[1], 0)) for row in rows]
+    ids, mask, labels = torch.stack(padded, dim=1)  # (B, L) each
+    labels = labels.where(mask.bool(), -100)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def zoo_model(name):
+    """(vlm, inputs): two rows of text, each with a picture and a caption."""
+    pictures_of_class, counts, config = (ZOO | REFUSED)[name]
+    torch.manual_seed(0)
+    model = random_model(name, config)
+    pixels = pictures_of_class()
     if counts is None:
         features = model.get_image_features(pixels["pixel_values"], pixels["image_sizes"])
-        counts = [len(f) for f in features.deepstack_features[0][1]]
-    rows = []
-    for i, n in enumerate(counts):
-        before, after, caption = (torch.randint(3, 90, (length,)) for length in (3 + i, 4 + 2 * i, 3 + i))
-        row = torch.cat([before, torch.tensor([102] + n * [100] + [103]), after, caption])
-        rows.append(torch.stack([row, torch.ones_like(row), row.where(torch.arange(len(row)) >= len(row) - 3 - i, -100)]))
-    L = max(row.shape[1] for row in rows)
-    ids, mask, labels = torch.stack([F.pad(row, (L - row.shape[1], 0)) for row in rows], 1)
-    inputs = dict(input_ids=ids, attention_mask=mask, labels=labels.where(mask.bool(), -100), **pixels)
-    if kind == "ernie":
-        inputs["moe_mm_token_type_ids"] = (ids == 100).int()
+        counts = [len(tokens) for tokens in features.deepstack_features[0][1]]
+    inputs = random_text(counts) | pixels
+    if name == "ernie4_5_vl_moe":
+        inputs["moe_mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_ID).int()
     vlm = VLM(model, None, name)
     return vlm, vlm.finish(transformers.BatchFeature(inputs))
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_class_that_the_method_does_not_fit_is_refused(name):
+    def prepare():
+        with one_line(name, "a trial"):
+            vlm, inputs = zoo_model(name)
+            vlm.embed(inputs, vlm.encode(inputs))
+
+    complaint(f"{name}: .*", prepare)
+
+
 @pytest.mark.parametrize("name", ZOO)
-def test_other_classes_are_exact_or_recurrent_or_refused(name, monkeypatch):
-    # transformers 5.24 forgets it in Llama 4's own forward pass
-    monkeypatch.setattr(transformers.modeling_outputs.MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
-    if name in REFUSED:
-        def try_it():
-            with one_line(name, "a trial"):
-                vlm, inputs = zoo_model(name)
-                vlm.embed(inputs, vlm.encode(inputs))
-        return complaint(f"{name}: .*", try_it)
+def test_every_other_class_is_exact_or_recurrent(name, monkeypatch):
+    # transformers 5.24 forgets this field in Llama 4's own forward pass
+    output_class = transformers.modeling_outputs.MoeCausalLMOutputWithPast
+    monkeypatch.setattr(output_class, "image_outputs", None, raising=False)
     vlm, inputs = zoo_model(name)
-    X = vlm.encode(inputs)
+    assert vlm.exact == (name not in RECURRENT)
+    X = vlm.encode(inputs)  # (B, N, D)
+    B, N, D = X.shape
     keep = torch.tensor([[-1, 1], [0, 3]])
-    shown = torch.zeros(2, X.shape[1] + 1, dtype=torch.bool).scatter(1, keep + 1, True)[:, 1:]
-    plain, oracle = stock(vlm, inputs), stock(vlm, inputs, shown)
-    close(logits_of(vlm, vlm.embed(inputs, X)), logits_of(vlm, plain), atol=5e-5)
-    off = (logits_of(vlm, vlm.embed(inputs, X, keep)) - logits_of(vlm, oracle)).abs().max()
-    assert off < 5e-5 if vlm.exact else off > 1
-    assert vlm.exact == (name not in ("lfm2_vl", "minicpmv4_6"))
+    kept = torch.zeros(B, N, dtype=torch.bool)
+    kept[0, 1] = True  # -1 is padding
+    kept[1, [0, 3]] = True
+    masked = stock(vlm, inputs, kept)
+
+    whole_logits = logits_of(vlm, vlm.embed(inputs, X))
+    close(whole_logits, logits_of(vlm, stock(vlm, inputs)), atol=5e-5)
+
+    pruned_logits = logits_of(vlm, vlm.embed(inputs, X, keep))
+    error = (pruned_logits - logits_of(vlm, masked)).abs().max()
+    if vlm.exact:
+        assert error < 5e-5
+    else:
+        assert error > 1
+
     cost = infer.prefill_cost(vlm, 50)
     assert min(cost) > 0
     if name == "aria":  # its experts count
@@ -1420,66 +2252,122 @@ def test_other_classes_are_exact_or_recurrent_or_refused(name, monkeypatch):
         assert infer.prefill_cost(vlm, 50)[1] > cost[1]
     if not name.startswith("qwen"):
         complaint("leave out --show", vlm.boxes, inputs)
+
     x = X.clone().requires_grad_()
     loss = vlm.loss(inputs, x, keep)
     slope, = torch.autograd.grad(loss, x)
-    assert slope[shown].norm(dim=-1).min() > 0 and not slope[~shown].any()
+    assert slope[kept].norm(dim=-1).min() > 0
+    assert not slope[~kept].any()
     if vlm.exact:
+        del masked["labels"]
         labels = inputs["labels"][:, 1:]
-        logits = vlm.model(**{k: v for k, v in oracle.items() if k != "labels"}).logits[:, :-1]
-        close(loss, F.cross_entropy(logits[labels != -100], labels[labels != -100]), atol=1e-5)
+        is_caption = labels != -100
+        logits = vlm.model(**masked).logits[:, :-1]
+        close(loss, F.cross_entropy(logits[is_caption], labels[is_caption]), atol=1e-5)
 
 
-# --- model folders ----------------------------------------------------------------------------------------------------
+# --- model folders --------------------------------------------------------------------------------
 
 def changed(folder, file, content):
-    """A copy of the tiny LLaVA with one file replaced by a text, removed (None), or changed by a dict."""
+    """A copy of the tiny LLaVA with one file replaced by a text, removed (None), or changed by a
+    dict: fields of a JSON file, or a factor for each tensor of that name."""
     path = shutil.copytree(TINY, folder / "model") / file
     if content is None:
         path.unlink()
     elif isinstance(content, str):
         path.write_text(content)
     elif path.suffix == ".json":
-        old = json.loads(path.read_text())
+        fields = json.loads(path.read_text())
         for key, value in content.items():
-            old[key] = (old.get(key) or {}) | value if isinstance(value, dict) else value
-        path.write_text(json.dumps(old))
-    else:  # the tensors of these names are multiplied by a number
-        save_file({k: t * content.get(k, 1) for k, t in load_file(path).items()}, path, {"format": "pt"})
+            if isinstance(value, dict):
+                value = (fields.get(key) or {}) | value
+            fields[key] = value
+        path.write_text(json.dumps(fields))
+    else:
+        tensors = load_file(path)
+        for name, factor in content.items():
+            tensors[name] = factor * tensors[name]
+        save_file(tensors, path, {"format": "pt"})
     return path.parent
 
 
-def said_by(vlm):
+def prompts_and_answers(vlm):
     inputs = vlm.inputs(SCENES, QUESTIONS)
-    return inputs["input_ids"].tolist(), vlm.generate(inputs, vlm.encode(inputs), max_new_tokens=8)
+    answers = vlm.generate(inputs, vlm.encode(inputs), max_new_tokens=8)
+    return inputs["input_ids"].tolist(), answers
 
 
-@pytest.mark.parametrize("file, content, words", [
-    ("model.safetensors", {"language_model.lm_head.weight": math.nan}, "--dtype float32"),
-    ("model.safetensors", {"vision_tower.vision_model.pre_layrnorm.weight": math.inf}, "--dtype float32"),
-    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-    ("adapter_config.json", "{}", "LoRA"),
-    ("config.json", {"model_type": "clip"}, "'clip'.*as llava or qwen3_vl are"),
-    ("config.json", {"text_config": {"num_hidden_layers": 1}}, r"layers\.1\.\S+ is not in the model"),
-    ("config.json", {"text_config": {"num_hidden_layers": 9}}, r"layers\.4\.\S+ is missing"),
-    ("config.json", {"text_config": {"vocab_size": 390}}, r"lm_head.weight is \(\d+, \d+\) .*\(390, \d+\)"),
-    ("config.json", {"text_config": {"model_type": "mistral", "sliding_window": 64}}, "the model's sliding window"),
-    ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
-    ("config.json", {"image_token_index": 5, "image_token_id": 5}, "<image> is 4, .*image token 5"),
-    ("tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}', "tokenizer.json"),
-    ("processor_config.json", {"image_processor": {"crop_size": {"height": 64, "width": 64}}}, "64 places for 144"),
-    ("processor_config.json", {"image_processor": {"do_center_crop": False}}, "192 places for 144"),  # fits squares only
-    ("chat_template.jinja", None, "no chat template"),
-    ("chat_template.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "(text fails|0 places)"),
-    ("chat_template.jinja", TEMPLATE.replace("content['text']", "''"), "two questions become the same prompt"),
-    ("chat_template.jinja", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not end"),
-    ("tokenizer.json", {"normalizer": {"type": "Replace", "pattern": {"Regex": "What|Where"}, "content": ""}},
+def replacing(pattern, content):
+    """A tokenizer that replaces a pattern in every text."""
+    return {"normalizer": {
+        "type": "Replace", "pattern": {"Regex": pattern}, "content": content}}
+
+
+CONFIG_FAULTS = [
+    ({"model_type": "clip"}, "'clip'.*as llava or qwen3_vl are"),
+    ({"text_config": {"num_hidden_layers": 1}},
+     r"layers\.1\.\S+ is not in the model"),
+    ({"text_config": {"num_hidden_layers": 9}},
+     r"layers\.4\.\S+ is missing"),
+    ({"text_config": {"vocab_size": 390}},
+     r"lm_head.weight is \(\d+, \d+\) .*\(390, \d+\)"),
+    ({"text_config": {"model_type": "mistral", "sliding_window": 64}},
+     "the model's sliding window"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+     "bitsandbytes"),
+    ({"image_token_index": 5, "image_token_id": 5},
+     "<image> is 4, .*image token 5"),
+]
+PROCESSOR_FAULTS = [
+    ({"image_processor": {"crop_size": {"height": 64, "width": 64}}},
+     "64 places for 144"),
+    ({"image_processor": {"do_center_crop": False}},  # fits square pictures only
+     "192 places for 144"),
+]
+TOKENIZER_FAULTS = [
+    ('{"version": "1.0", "model": {"type": "New"}}', "tokenizer.json"),
+    (replacing("What|Where", ""), "two questions become the same prompt"),
+    ({"normalizer": {"type": "Prepend", "prepend": ""}},  # tokenizers panics
+     "out of bounds"),
+]
+FOREVER = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+TEMPLATE_FAULTS = [
+    (None, "no chat template"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}",
+     "(text fails|0 places)"),
+    (TEMPLATE.replace("content['text']", "''"),
      "two questions become the same prompt"),
-    ("tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": ""}}, "out of bounds"),  # tokenizers panics
-])
-def test_a_faulty_model_is_refused_in_one_line_that_names_it(file, content, words, tmp_path, monkeypatch):
+    (FOREVER, "not end"),
+]
+WEIGHT_FAULTS = [
+    ({"language_model.lm_head.weight": math.nan}, "--dtype float32"),
+    ({"vision_tower.vision_model.pre_layrnorm.weight": math.inf},
+     "--dtype float32"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0",
+     "git lfs pull"),
+]
+FAULTS_OF_FILES = {
+    "config.json": CONFIG_FAULTS,
+    "processor_config.json": PROCESSOR_FAULTS,
+    "tokenizer.json": TOKENIZER_FAULTS,
+    "chat_template.jinja": TEMPLATE_FAULTS,
+    "model.safetensors": WEIGHT_FAULTS,
+    "adapter_config.json": [("{}", "LoRA")],
+}
+FAULTY_FOLDERS = [
+    (file, content, words)
+    for file, faults in FAULTS_OF_FILES.items()
+    for content, words in faults]
+
+
+@pytest.mark.parametrize("file, content, words", FAULTY_FOLDERS)
+def test_a_faulty_model_is_refused_in_one_line_that_names_it(
+        file, content, words, tmp_path, monkeypatch):
+    def three_seconds(seconds, what):
+        return time_limit(3, what)
+
+    monkeypatch.setattr("model.time_limit", three_seconds)
     folder = changed(tmp_path, file, content)
-    monkeypatch.setattr("model.time_limit", lambda seconds, what: time_limit(3, what))
     complaint(f"^{re.escape(str(folder))}.*{words}", load, folder)
 
 
@@ -1487,231 +2375,378 @@ def test_a_faulty_model_is_refused_in_one_line_that_names_it(file, content, word
     ("tokenizer_config.json", {"pad_token": None}),
     ("tokenizer_config.json", {"eos_token": None}),
     ("config.json", {"attn_implementation": "flash_attention_2"}),
-    ("chat_template.jinja", "{{ bos_token }}" + TEMPLATE),  # which the tokenizer writes, too
+    ("chat_template.jinja", "{{ bos_token }}" + TEMPLATE),  # the tokenizer writes it, too
     ("chat_template.json", json.dumps({"chat_template": TEMPLATE})),
     ("tokenizer_config.json", {"chat_template": TEMPLATE}),
-    ("config.json", EVIL), ("processor_config.json", EVIL), ("tokenizer_config.json", EVIL),
+    ("config.json", EVIL),
+    ("processor_config.json", EVIL),
+    ("tokenizer_config.json", EVIL),
 ])
-def test_another_way_to_write_the_same_model_is_read_and_nothing_executed(file, content, tmp_path, vlm, monkeypatch):
+def test_other_ways_to_write_the_same_model_are_read_and_no_code_is_run(
+        file, content, tmp_path, vlm, monkeypatch):
     folder = changed(tmp_path, file, content)
     if file.endswith(".json") and "chat_template" in content:
         (folder / "chat_template.jinja").unlink()
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    assert said_by(load(folder)) == said_by(vlm) and not (tmp_path / "ran").exists()
+    trace = tmp_path / "code_was_run"
+    leave_a_trace = f"open({str(trace)!r}, 'w')"
+    (folder / "evil.py").write_text(f"{leave_a_trace}\nclass Evil:\n    pass\n")
+
+    def yes(*question):
+        return "y"
+
+    monkeypatch.setattr("builtins.input", yes)
+    assert prompts_and_answers(load(folder)) == prompts_and_answers(vlm)
+    assert not trace.exists()
 
 
-def test_a_loaded_model_is_taken_with_or_without_its_processor(vlm):
-    loaded = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
-    theirs = load(loaded, processor=AutoProcessor.from_pretrained(TINY))
-    assert theirs.model is loaded and not any(p.requires_grad for p in loaded.parameters())
-    assert said_by(theirs) == said_by(vlm)
-    assert said_by(load(loaded)) == said_by(vlm), "its processor is found, too"
-    loaded.name_or_path = ""
-    complaint("no such model folder", load, loaded)
-    theirs.processor.tokenizer.add_tokens(["zebra"])
-    complaint("get both of one model", theirs.inputs, SCENES[:1], ["Is it a zebra?"])
+def test_a_model_in_memory_works_with_and_without_its_processor(vlm):
+    stock_model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(TINY)
+    wrapped = load(stock_model, processor=processor)
+    assert wrapped.model is stock_model
+    assert not any(p.requires_grad for p in stock_model.parameters())
+    expected = prompts_and_answers(vlm)
+    assert prompts_and_answers(wrapped) == expected
+    assert prompts_and_answers(load(stock_model)) == expected, "its processor is found, too"
+
+    stock_model.name_or_path = ""
+    complaint("no such model folder", load, stock_model)
+    wrapped.processor.tokenizer.add_tokens(["zebra"])
+    complaint("get both of one model", wrapped.inputs, SCENES[:1], ["Is it a zebra?"])
 
 
-def test_what_the_model_cannot_take_is_refused(backbone, monkeypatch):
-    (vlm, inputs, X), picture, fits, longer = backbone, SCENES[:1], "é" * 10, "é" * 11
-    broken = X.index_fill(1, torch.tensor([0]), math.nan)
+def test_features_that_are_no_numbers_are_refused(backbone):
+    vlm, inputs, X = backbone
+    first = torch.tensor([0])
+    broken = X.index_fill(1, first, math.nan)
     assert vlm.loss(inputs, broken).isnan()
     complaint("--dtype float32", vlm.generate, inputs, broken)
-    for text, words in ((f"Is {vlm.processor.image_token} red?", "stands for the picture"), ("\ud83d!", "half a char")):
-        complaint(words, vlm.inputs, picture, [text])
+
+
+def test_a_question_that_no_prompt_can_hold_is_refused(backbone):
+    vlm, *_ = backbone
+    with_a_place = f"Is {vlm.processor.image_token} red?"
+    for text, words in ((with_a_place, "stands for the picture"), ("\ud83d!", "half a char")):
+        complaint(words, vlm.inputs, SCENES[:1], [text])
         complaint(f"line 7 .*{words}", vlm.check_text, text, "line 7")
-    ids = vlm.inputs(picture, [fits])["input_ids"]
-    monkeypatch.setattr(vlm, "context", ids.shape[1])
-    complaint("shorten", vlm.inputs, picture, [longer])
-    if vlm.tokens is None:  # then check_text knows nothing of the picture
-        monkeypatch.setattr(vlm, "context", vlm.form + len(vlm.processor.tokenizer(fits).input_ids))
+
+
+def test_a_question_longer_than_the_context_is_refused(backbone, monkeypatch):
+    vlm, *_ = backbone
+    fits, longer = "é" * 10, "é" * 11
+    prompt = vlm.inputs(SCENES[:1], [fits])["input_ids"]
+    monkeypatch.setattr(vlm, "context", prompt.shape[1])
+    complaint("shorten", vlm.inputs, SCENES[:1], [longer])
+    if vlm.tokens is None:  # then check_text does not know how long the picture is
+        text = vlm.processor.tokenizer(fits).input_ids
+        monkeypatch.setattr(vlm, "context", vlm.form + len(text))
     vlm.check_text(fits, "line 7")
     complaint("line 7 is longer", vlm.check_text, longer, "line 7")
-    monkeypatch.undo()
-    monkeypatch.setattr(vlm, "processor", OnePlaceFewer(vlm.processor, vlm.image_id))
-    complaint("the model: (.* places for|.* cannot read|a trial fails)", one_line("the model", "a trial")(vlm.trial))
 
 
 class OnePlaceFewer:
     """A processor that forgets one of the picture's places."""
 
     def __init__(self, processor, image_id):
-        self.processor, self.image_id = processor, image_id
+        self.processor = processor
+        self.image_id = image_id
 
     def __getattr__(self, name):
         return getattr(self.processor, name)
 
-    def __call__(self, *given, **options):
-        inputs = self.processor(*given, **options)
-        row, column = (inputs["input_ids"] == self.image_id).nonzero()[0]
+    def __call__(self, *args, **options):
+        inputs = self.processor(*args, **options)
+        places = inputs["input_ids"] == self.image_id
+        row, column = places.nonzero()[0]
         inputs["input_ids"][row, column] = 5
         return inputs
 
 
-def test_an_answer_ends_at_either_end_of_text_and_where_the_context_ends(vlm, tmp_path, monkeypatch):
-    """The end of the tokenizer counts beside that of generation_config.json; a shorter question leaves more room."""
+def test_a_processor_that_forgets_a_place_is_refused(backbone, monkeypatch):
+    vlm, *_ = backbone
+    forgetful = OnePlaceFewer(vlm.processor, vlm.image_id)
+    monkeypatch.setattr(vlm, "processor", forgetful)
+    trial = one_line("the model", "a trial")(vlm.trial)
+    complaint("the model: (.* places for|.* cannot read|a trial fails)", trial)
+
+
+@pytest.mark.parametrize("ends", [0, [], [0, 7]])
+def test_the_tokenizers_end_of_text_counts_beside_the_models(ends, vlm, tmp_path):
+    folder = changed(tmp_path, "generation_config.json", {"eos_token_id": ends})
+    _, answers = prompts_and_answers(load(folder))
+    _, expected = prompts_and_answers(vlm)
+    assert answers == expected
+
+
+def test_each_answer_ends_where_the_context_ends(vlm, monkeypatch):
+    """A shorter question leaves more room."""
     inputs = vlm.inputs(SCENES, QUESTIONS)
-    X, whole = vlm.encode(inputs), said_by(vlm)[1]
-    for ends in (0, [], [0, 7]):
-        folder = changed(tmp_path / repr(ends), "generation_config.json", {"eos_token_id": ends})
-        assert said_by(load(folder))[1] == whole
+    X = vlm.encode(inputs)
     monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", [0])
     lengths = inputs["attention_mask"].sum(1).tolist()
-    rooms = [max(lengths) + 2 - n for n in lengths]
-    alone = [vlm.generate(vlm.inputs([picture], [text]), X[i:i + 1], max_new_tokens=rooms[i])[0]
-             for i, (picture, text) in enumerate(zip(SCENES, QUESTIONS))]
-    monkeypatch.setattr(vlm, "context", max(lengths) + 2)
-    assert vlm.generate(inputs, X, max_new_tokens=50) == alone and min(rooms) == 2 < max(rooms) < 50
+    context = max(lengths) + 2
+    rooms = [context - length for length in lengths]
+    assert min(rooms) == 2 < max(rooms) < 50
+    expected = []
+    for i, room in enumerate(rooms):
+        alone = vlm.inputs([SCENES[i]], [QUESTIONS[i]])
+        expected += vlm.generate(alone, X[i:i + 1], max_new_tokens=room)
+    monkeypatch.setattr(vlm, "context", context)
+    assert vlm.generate(inputs, X, max_new_tokens=50) == expected
 
 
-def plant(vlm, fault):
-    """A model that reads a picture in a way that no hook hears, or for which pruning is not masking."""
-    layers, seen = vlm.decoder.layers, {}
-    if fault == "a feature that reaches the LLM by another way":
-        vlm.model.register_forward_pre_hook(
-            lambda m, a, k: seen.update(pixel_values=k.get("pixel_values")), with_kwargs=True)
+def add_mean_pixel(vlm):
+    """A feature that reaches the LLM by another way than the visual tokens."""
+    pixels = None
 
-        def add(module, args, out):
-            pixels = seen.get("pixel_values")
-            return out if pixels is None else out + pixels.mean()
-        layers[1].register_forward_hook(add)
-    elif fault == "positions counted by slot":
-        def count(module, args, options):
-            hidden, positions = [*args, *options.values()][:2]
-            return (hidden, torch.arange(hidden.shape[1]).expand_as(positions)), {}
-        vlm.decoder.rotary_emb.register_forward_pre_hook(count, with_kwargs=True)
-    elif fault == "a convolution that is not declared":
-        for layer in layers:
-            layer.register_forward_hook(lambda m, a, out: out + F.pad(out, (0, 0, 1, 0))[:, :-1])
+    def remember_pixels(module, args, options):
+        nonlocal pixels
+        pixels = options.get("pixel_values")
+
+    def add(module, args, hidden):
+        if pixels is None:
+            return hidden
+        return hidden + pixels.mean()
+
+    vlm.model.register_forward_pre_hook(remember_pixels, with_kwargs=True)
+    vlm.decoder.layers[1].register_forward_hook(add)
+
+
+def count_positions_by_slot(vlm):
+    def count(module, args, options):
+        hidden, positions = [*args, *options.values()][:2]
+        slots = torch.arange(hidden.shape[1])
+        return (hidden, slots.expand_as(positions)), {}
+
+    vlm.decoder.rotary_emb.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def add_previous_token(vlm):
+    """A convolution that the config does not declare."""
+    def convolve(module, args, hidden):
+        previous = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return hidden + previous
+
+    for layer in vlm.decoder.layers:
+        layer.register_forward_hook(convolve)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "gemma3"])
-def test_the_self_check_refuses_a_model_for_which_the_method_does_not_hold(name, dtype, tmp_path):
-    faults = {None: None, "a feature that reaches the LLM by another way": "not the stock model",
-              "positions counted by slot": "not masking", "a convolution that is not declared": "not masking"}
+def test_the_self_check_finds_a_model_that_the_method_does_not_fit(name, dtype, tmp_path):
     save_tiny(name, tmp_path)
-    for fault, words in faults.items():
+    load(tmp_path, dtype=dtype).self_check()
+    faults = [(add_mean_pixel, "not the stock model")]
+    if name != "gemma3":  # which has a rotary embedding for each kind of layer
+        faults.append((count_positions_by_slot, "not masking"))
+    if dtype == torch.float32:  # else the convolution drowns in rounding
+        faults.append((add_previous_token, "not masking"))
+    for plant, words in faults:
         vlm = load(tmp_path, dtype=dtype)
-        if fault is None:
-            vlm.self_check()
-            continue
-        other_rotary = name == "gemma3" and "slot" in fault  # one for each kind of layer
-        if not other_rotary and (dtype == torch.float32 or "convolution" not in fault):  # it drowns in rounding
-            plant(vlm, fault)
-            complaint(words, vlm.self_check)
+        plant(vlm)
+        complaint(words, vlm.self_check)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "qwen3_5"])
 def test_any_class_is_trained_and_resumed_from_the_command_line(name, tmp_path, tiny, monkeypatch):
-    folder, whole, stopped = tmp_path / "model", tmp_path / "whole", tmp_path / "out"
+    folder = tmp_path / "model"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     save_tiny(name, folder)
-    argv = ["--model", folder, "--keep", 5, "--steps", 3, "--batch", 2]
-    assert in_a_process(lambda: tiny(*argv, "--out", whole)) == 0
+    train_for_three_steps = functools.partial(
+        tiny, "--model", folder, "--keep", 5, "--steps", 3, "--batch", 2)
+
+    def run_whole():
+        train_for_three_steps("--out", whole)
+
+    def run_stopped():
+        train_for_three_steps("--out", stopped)
+
+    def resume():
+        train_for_three_steps("--resume", "--out", stopped)
+
+    assert in_a_process(run_whole) == 0
     with monkeypatch.context() as patch:
         signal_on_call(patch, signal.SIGTERM, torch.nn.utils, "clip_grad_norm_", 2)
-        assert in_a_process(lambda: tiny(*argv, "--out", stopped)) == 143
-    assert in_a_process(lambda: tiny(*argv, "--resume", "--out", stopped)) == 0
-    a, b = (load_file(out / "scorer.safetensors") for out in (whole, stopped))
-    assert all(a[key].equal(b[key]) for key in a) and log_of(whole) == log_of(stopped)
+        assert in_a_process(run_stopped) == 143
+    assert in_a_process(resume) == 0
+    expected = load_file(whole / "scorer.safetensors")
+    resumed = load_file(stopped / "scorer.safetensors")
+    for key in expected:
+        assert resumed[key].equal(expected[key])
+    assert log_of(stopped) == log_of(whole)
 
 
 def test_places_of_each_picture_are_compared_with_its_own_tokens(tmp_path, monkeypatch):
-    """Two wrong counts whose sum is right: one picture has a place too many, the other one too few."""
+    """Two wrong counts whose sum is right: one picture has a place too many, one too few."""
     save_tiny("llava_next", tmp_path)
     vlm = load(tmp_path)
     vlm.inputs(SCENES, QUESTIONS)
-    kind = type(vlm.processor)
-    replace, extra = kind.replace_image_token, iter([1, -1, 0])
+    processor_class = type(vlm.processor)
+    right_places = processor_class.replace_image_token
+    errors = iter([1, -1, 0])
 
-    def moved(self, *args, **options):
-        return (n := replace(self, *args, **options)) and self.image_token * (n.count("<") + next(extra))
-    monkeypatch.setattr(kind, "replace_image_token", moved)
+    def wrong_places(self, *args, **options):
+        places = right_places(self, *args, **options)
+        if not places:
+            return places
+        return self.image_token * (places.count("<") + next(errors))
+
+    monkeypatch.setattr(processor_class, "replace_image_token", wrong_places)
     complaint("places for", vlm.inputs, SCENES, QUESTIONS)
+
+
+def test_model_and_processor_must_cut_pictures_into_the_same_tiles(tmp_path):
     save_tiny("llava_next", tmp_path)
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_grid_pinpoints": GRID[:3]}))
+    fields = json.loads(file.read_text())
+    fields["image_grid_pinpoints"] = GRID[:3]
+    file.write_text(json.dumps(fields))
     complaint("image_grid_pinpoints differ", load, tmp_path)
 
 
-# --- pictures and files -----------------------------------------------------------------------------------------------
+# --- pictures and files ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("white, kind, suffix", [(65535, "H", ".png"), (65535, "H", ".tif"), (4095, "H", ".tif"),
-                                                 (2 ** 24, "i", ".tif"), (1, "f", ".tif"), (255, "f", ".tif")])
-def test_grey_of_any_depth_fills_the_range(tmp_path, white, kind, suffix):
-    samples = struct.pack(f"<3{kind}", *(value if kind == "f" else int(value) for value in (0, white / 2, white)))
-    Image.frombytes({"H": "I;16", "i": "I", "f": "F"}[kind], (3, 1), samples).save(tmp_path / f"deep{suffix}")
-    assert list(read_image(tmp_path / f"deep{suffix}").convert("L").tobytes()) == pytest.approx([0, 127.5, 255], abs=1)
+BLACK, GREY, WHITE = (0, 0, 0), (128, 128, 128), (255, 255, 255)
+
+
+@pytest.mark.parametrize("white, kind, suffix", [
+    (65535, "H", ".png"), (65535, "H", ".tif"),
+    (4095, "H", ".tif"), (2 ** 24, "i", ".tif"),
+    (1, "f", ".tif"), (255, "f", ".tif"),
+])
+def test_grey_of_any_depth_fills_the_range(white, kind, suffix, tmp_path):
+    levels = [0, white / 2, white]
+    if kind != "f":
+        levels = [int(level) for level in levels]
+    samples = struct.pack(f"<3{kind}", *levels)
+    mode = {"H": "I;16", "i": "I", "f": "F"}[kind]
+    path = tmp_path / f"deep{suffix}"
+    Image.frombytes(mode, (3, 1), samples).save(path)
+    grey = read_image(path).convert("L").tobytes()
+    assert list(grey) == pytest.approx([0, 127.5, 255], abs=1)
 
 
 def test_what_is_transparent_is_white(tmp_path):
-    square = Image.new("L", (8, 8))  # black, on a transparent black ground
-    square.paste(255, (2, 2, 6, 6))
-    image = Image.new("RGBA", (8, 8))
-    image.putalpha(square)
-    image.save(tmp_path / "logo.png")
-    assert sorted(read_image(tmp_path / "logo.png").getcolors()) == [(16, (0, 0, 0)), (48, (255, 255, 255))]
+    alpha = Image.new("L", (8, 8))
+    alpha.paste(255, (2, 2, 6, 6))
+    black_square = Image.new("RGBA", (8, 8))  # on a black ground that is transparent
+    black_square.putalpha(alpha)
+    path = tmp_path / "logo.png"
+    black_square.save(path)
+    assert sorted(read_image(path).getcolors()) == [(16, BLACK), (48, WHITE)]
 
 
 def png_chunk(kind, content, checksum=True):
-    crc = zlib.crc32(kind + content) if checksum else 0
+    crc = 0
+    if checksum:
+        crc = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
 
-def png(depth, color, row, *chunks, checksum=True):
-    """A PNG of two pixels, written out: of a depth and a colour type, with these chunks before its row."""
-    head, rows = struct.pack(">IIBBBBB", 2, 1, depth, color, 0, 0, 0), zlib.compress(row)
-    parts = png_chunk(b"IHDR", head), *chunks, png_chunk(b"IDAT", rows, checksum), png_chunk(b"IEND", b"")
+def png(depth, color_type, row, *chunks, checksum=True):
+    """The bytes of a PNG of two pixels, with these chunks before its row."""
+    header = struct.pack(">IIBBBBB", 2, 1, depth, color_type, 0, 0, 0)
+    no_filter = b"\0"
+    parts = [
+        png_chunk(b"IHDR", header), *chunks,
+        png_chunk(b"IDAT", zlib.compress(no_filter + row), checksum),
+        png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("depth, color, row, clear", [
-    (1, 0, b"\x40", b"\0\1"), (2, 0, b"\x10", b"\0\1"), (4, 0, b"\x07", b"\0\7"), (8, 0, b"\0\7", b"\0\7"),
-    (16, 0, b"\0\0\1\7", b"\1\7"), (8, 2, 3 * b"\0" + 3 * b"\7", 3 * b"\0\7"),
-    (16, 2, 6 * b"\0" + 3 * b"\7\1", 3 * b"\7\1")])
-def test_the_colour_that_stands_for_transparent_is_white_at_any_depth(depth, color, row, clear, tmp_path):
-    """The second of two pixels has it, beside a black one; or both."""
-    (tmp_path / "clear.png").write_bytes(png(depth, color, b"\0" + row, png_chunk(b"tRNS", clear)))
-    assert read_image(tmp_path / "clear.png").tobytes() == 3 * b"\0" + 3 * b"\xff"
-    if depth == 4:
-        (tmp_path / "clear.png").write_bytes(png(4, 0, b"\0\x77", png_chunk(b"tRNS", clear)))
-        assert read_image(tmp_path / "clear.png").tobytes() == 6 * b"\xff"
+GREY_TYPE, COLOR_TYPE = 0, 2
 
 
-@pytest.mark.parametrize("kind, head", [(b"zTXt", b"note\0\0"), (b"iTXt", b"note\0\1\0\0\0"), (b"iCCP", b"note\0\0")])
-def test_a_long_comment_and_an_alpha_channel_that_holds_nothing_hide_no_picture(kind, head, tmp_path):
-    comment = png_chunk(kind, head + zlib.compress(3_000_000 * b"x"))
-    (tmp_path / "note.png").write_bytes(png(8, 0, b"\0\0\7", comment))
-    assert read_image(tmp_path / "note.png").tobytes() == b"\0\0\0\7\7\7"
-    for color, seen in (((200, 10, 20, 0), (200, 10, 20)), ((0, 0, 0, 0), (255, 255, 255))):
-        Image.new("RGBA", (4, 4), color).save(tmp_path / "screen.tga")
-        assert read_image(tmp_path / "screen.tga").getcolors() == [(16, seen)]
+@pytest.mark.parametrize("depth, color_type, row, clear", [
+    (1, GREY_TYPE, b"\x40", b"\0\1"),
+    (2, GREY_TYPE, b"\x10", b"\0\1"),
+    (4, GREY_TYPE, b"\x07", b"\0\7"),
+    (8, GREY_TYPE, b"\0\7", b"\0\7"),
+    (16, GREY_TYPE, b"\0\0\1\7", b"\1\7"),
+    (8, COLOR_TYPE, 3 * b"\0" + 3 * b"\7", 3 * b"\0\7"),
+    (16, COLOR_TYPE, 6 * b"\0" + 3 * b"\7\1", 3 * b"\7\1"),
+])
+def test_the_colour_that_stands_for_transparent_is_white_at_any_depth(
+        depth, color_type, row, clear, tmp_path):
+    """The second of two pixels has it, beside a black one."""
+    path = tmp_path / "clear.png"
+    path.write_bytes(png(depth, color_type, row, png_chunk(b"tRNS", clear)))
+    assert read_image(path).tobytes() == bytes(BLACK + WHITE)
+
+
+def test_a_picture_all_of_which_is_transparent_is_white(tmp_path):
+    path = tmp_path / "clear.png"
+    path.write_bytes(png(4, GREY_TYPE, b"\x77", png_chunk(b"tRNS", b"\0\7")))
+    assert read_image(path).tobytes() == bytes(WHITE + WHITE)
+
+
+@pytest.mark.parametrize("kind, head", [
+    (b"zTXt", b"note\0\0"),
+    (b"iTXt", b"note\0\1\0\0\0"),
+    (b"iCCP", b"note\0\0"),
+])
+def test_a_long_comment_hides_no_picture(kind, head, tmp_path):
+    path = tmp_path / "note.png"
+    long_text = zlib.compress(3_000_000 * b"x")
+    path.write_bytes(png(8, GREY_TYPE, b"\0\7", png_chunk(kind, head + long_text)))
+    assert read_image(path).tobytes() == b"\0\0\0\7\7\7"
+
+
+@pytest.mark.parametrize("color, expected", [((200, 10, 20), (200, 10, 20)), (BLACK, WHITE)])
+def test_an_alpha_channel_of_zeros_hides_no_colours(color, expected, tmp_path):
+    path = tmp_path / "screen.tga"
+    Image.new("RGBA", (4, 4), (*color, 0)).save(path)
+    assert read_image(path).getcolors() == [(16, expected)]
+
+
+ORIENTATION, RESOLUTION = 0x0112, 0x011a  # tags of EXIF
+
+
+def test_a_picture_is_upright_in_all_orientations(tmp_path):
+    path = tmp_path / "turned.png"
+    picture = read_image(PICTURE).crop((0, 0, 96, 48))
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[ORIENTATION] = orientation
+        picture.save(path, exif=exif)
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+        assert read_image(path).tobytes() == upright.tobytes()
 
 
 def test_a_picture_is_upright_even_if_other_metadata_is_broken(tmp_path):
-    picture, exif = read_image(PICTURE).crop((0, 0, 96, 48)), Image.Exif()
-    for orientation in range(1, 9):
-        exif[0x0112] = orientation
-        picture.save(tmp_path / "turned.png", exif=exif)
-        with Image.open(tmp_path / "turned.png") as image:
-            assert read_image(tmp_path / "turned.png").tobytes() == ImageOps.exif_transpose(image).tobytes()
-    orientation, text = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x011a, 2, 4, b"72\0\0")
-    picture.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + orientation + text + 4 * b"\0")
-    assert read_image(tmp_path / "broken.jpg").size == (48, 96)
+    path = tmp_path / "broken.jpg"
+    picture = read_image(PICTURE).crop((0, 0, 96, 48))
+    turned_right = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    text_for_a_number = struct.pack("<HHI4s", RESOLUTION, 2, 4, b"72\0\0")
+    header = b"Exif\0\0II*\0\x08\0\0\0\2\0"  # two fields follow
+    picture.save(path, exif=header + turned_right + text_for_a_number + 4 * b"\0")
+    assert read_image(path).size == (48, 96)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("truncated.jpg", PICTURE.read_bytes()[:1500], "truncated.*once more"), ("empty.jpg", b"", "none of JPEG"),
-    ("eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG"),
-    ("big.pbm", b"P4 10000 10000\n", "smaller than 89 megapixels"), ("bomb.pbm", b"P4 99999 99999\n", "megapixels"),
+    ("truncated.jpg", PICTURE.read_bytes()[:1500], "truncated.*once more"),
+    ("empty.jpg", b"", "none of JPEG"),
+    ("eps.jpg", EPS, "none of JPEG"),
+    ("big.pbm", b"P4 10000 10000\n", "smaller than 89 megapixels"),
+    ("bomb.pbm", b"P4 99999 99999\n", "megapixels"),
     ("thin.pbm", b"P4 30000 1\n" + 3750 * b"\0", "1:200"),
-    ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("gone.jpg", None, "No such file"),
-    ("sum.png", png(8, 0, b"\0\0\7", checksum=False), "checksum.*IDAT")])
+    ("pointer.jpg", LFS_POINTER, "git lfs pull"),
+    ("sum.png", png(8, GREY_TYPE, b"\0\7", checksum=False), "checksum.*IDAT"),
+])
 def test_bad_images_are_named_with_a_cure_that_fits(name, content, words, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    complaint(f"{name}: cannot be read as an image .*{words}", read_image, tmp_path / name)
+    path = tmp_path / name
+    path.write_bytes(content)
+    complaint(f"{name}: cannot be read as an image .*{words}", read_image, path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    words = "gone.jpg: cannot be read as an image .*No such file"
+    complaint(words, read_image, tmp_path / "gone.jpg")
 
 
 def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_fraction(tmp_path, monkeypatch):
@@ -1721,118 +2756,233 @@ def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_fraction(tmp_path, monkeypatc
     monkeypatch.setattr(pictures, "PIXELS", 3000)
     half = read_image(PICTURE)
     assert half.size == (48, 48)
-    expected = whole.resize((48, 48), Image.Resampling.BOX)
-    assert sum(abs(a - b) for a, b in zip(half.tobytes(), expected.tobytes())) / 48 / 48 / 3 < 4
+    expected = whole.resize(half.size, Image.Resampling.BOX).tobytes()
+    differences = [abs(a - b) for a, b in zip(half.tobytes(), expected, strict=True)]
+    assert sum(differences) / len(differences) < 4
     complaint("96 x 96 pixels.*make it smaller", read_image, tmp_path / "whole.png")
 
 
-def test_frames_are_as_bright_as_alpha_and_sheets_show_the_highest_in_red_and_the_lowest_in_blue():
-    """The first token has no place. On the sheet number 1 scores highest, 2 is kept, and 4 scores lowest."""
-    boxes = torch.tensor([(0, 0, 0, 0), (0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2), (0, 0, 2, 2)]) / 2
-    picture = pictures.frame(Image.new("RGB", (40, 20)), boxes, torch.tensor([1, 1, 0.5, 0, 0.2, 0.1]))
-    levels = [picture.getpixel(at)[0] for at in ((5, 5), (25, 5), (5, 15), (25, 15))]
-    assert levels == pytest.approx([204 * (1 - alpha) for alpha in (1, 0.5, 0.1, 0.2)], abs=2)
-    scores, image = torch.tensor([0.0, 5, 1, 2, -1]), Image.new("RGB", (50, 50), (128, 128, 128))
-    sheet = pictures.sheet(image, boxes[:5], scores, torch.tensor([2]), torch.rand(5, 2), "Why?", "ab", side=100)
-    kept, colored = ([sheet.getpixel((x + 110 * panel, sheet.height - 140 + y)) for x, y in
-                      ((35, 25), (85, 25), (85, 75))] for panel in range(2))
-    assert min(kept[0]) > 200 and kept[1] == (128, 128, 128) and kept[2] == kept[0]
-    assert colored[0][0] > colored[0][2] + 50 and colored[1] == kept[1] and colored[2][2] > colored[2][0] + 50
+# The first token has no place. The next four are the quarters of a picture, the last is all of it.
+QUARTERS = torch.tensor([
+    (0, 0, 0, 0),
+    (0, 0, 1, 1), (1, 0, 2, 1),
+    (0, 1, 1, 2), (1, 1, 2, 2),
+    (0, 0, 2, 2)]) / 2
+
+
+def test_patches_in_a_frame_are_as_bright_as_their_alpha():
+    alpha = torch.tensor([1, 1, 0.5, 0, 0.2, 0.1])
+    black = Image.new("RGB", (40, 20))
+    frame = pictures.frame(black, QUARTERS, alpha)
+    middles = (5, 5), (25, 5), (5, 15), (25, 15)
+    levels = [frame.getpixel(middle)[0] for middle in middles]
+    # of two alphas in one place the higher one counts
+    expected = [204 * (1 - highest) for highest in (1, 0.5, 0.1, 0.2)]
+    assert levels == pytest.approx(expected, abs=2)
+
+
+def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue():
+    """Of the quarters number 1 scores highest, 2 is kept, and 4 scores lowest."""
+    scores = torch.tensor([0.0, 5, 1, 2, -1])
+    keep = torch.tensor([2])
+    X = torch.rand(5, 2)
+    grey = Image.new("RGB", (50, 50), GREY)
+    sheet = pictures.sheet(grey, QUARTERS[:5], scores, keep, X, "Why?", "ab", side=100)
+
+    def quarters_of(panel):
+        """The colours of quarters 1, 2 and 4."""
+        left, top = 110 * panel, sheet.height - 140
+        places = (35, 25), (85, 25), (85, 75)
+        return [sheet.getpixel((left + x, top + y)) for x, y in places]
+
+    first, second, fourth = quarters_of(0)  # what was kept
+    assert min(first) > 200
+    assert second == GREY
+    assert fourth == first
+
+    first, second, fourth = quarters_of(1)  # scores
+    red, _, blue = first
+    assert red > blue + 50
+    assert second == GREY
+    red, _, blue = fourth
+    assert blue > red + 50
 
 
 def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
-    (tmp_path / "link.json").symlink_to("real.json")
-    files.write(tmp_path / "link.json", files.rounded({"a": [1.23456789]}))
-    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"a": [1.2346]}
+    link, target = tmp_path / "link.json", tmp_path / "real.json"
+    link.symlink_to(target.name)
+    files.write(link, files.rounded({"a": [1.23456789]}))
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": [1.2346]}
+
     (tmp_path / "folder.json").mkdir()
-    for name in ("folder.json", "no/such/folder.json", 300 * "n" + ".json"):
+    too_long = 300 * "n" + ".json"
+    for name in ("folder.json", "no/such/folder.json", too_long):
         complaint("cannot be written", files.write, tmp_path / name, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.json", "link.json", "real.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["folder.json", "link.json", "real.json"]
 
 
-def test_a_script_ends_with_one_line_and_its_code_on_any_terminal():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    for code, *ends in (("print('café')", 0, b"caf\\xe9\n", 0), ("raise files.InputError('é ' * 999)", 2, b"", 1),
-                        ("import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print(1)", 2, b"", 1)):
-        program = f"from common import files\ndef main():\n    {code}\nfiles.cli(main)"
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
-        assert [done.returncode, done.stdout, done.stderr.count(b"\n")] == ends
+FILL_THE_DISK = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print(1)"
 
 
-@pytest.mark.parametrize("error, cure", [
-    (lambda: torch.empty(10 ** 15), "fewer images at a time"), (lambda: bytearray(10 ** 15), "fewer images at a time"),
-    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "--workers 0"),
-    (RuntimeError("gloo: Connection closed by peer [::1]:9"), "lost each other.*--resume"),
-    (OSError(28, "No space left on device"), "No space left on device; check"), (RuntimeError("a mistake"), None)])
-def test_what_a_system_refuses_is_one_line_with_its_cure_and_a_mistake_is_not_hidden(error, cure, capsys, monkeypatch):
+@pytest.mark.parametrize("code, exit_code, output, lines_of_errors", [
+    ("print('café')", 0, b"caf\\xe9\n", 0),
+    ("raise files.InputError('é ' * 999)", 2, b"", 1),
+    (FILL_THE_DISK, 2, b"", 1),
+])
+def test_a_script_ends_with_one_line_and_its_code_on_any_terminal(
+        code, exit_code, output, lines_of_errors):
+    script = f"from common import files\ndef main():\n    {code}\nfiles.cli(main)"
+    ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=ascii_terminal, capture_output=True)
+    assert process.returncode == exit_code
+    assert process.stdout == output
+    assert process.stderr.count(b"\n") == lines_of_errors
+
+
+@pytest.fixture
+def kept_output(monkeypatch):
+    """files.cli() leaves the output of the tests themselves open."""
+    def do_nothing():
+        pass
+
+    monkeypatch.setattr(files, "forget_output", do_nothing)
+
+
+def raising(error):
     def main():
-        if callable(error):
-            error()
         raise error
-    monkeypatch.setattr(files, "forget_output", lambda: None)
-    with pytest.raises(SystemExit if cure else RuntimeError) as e:
+    return main
+
+
+def too_large_a_tensor():
+    torch.empty(10 ** 15)
+
+
+def too_large_a_buffer():
+    bytearray(10 ** 15)
+
+
+killed_worker = raising(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."))
+lost_connection = raising(RuntimeError("gloo: Connection closed by peer [::1]:9"))
+full_disk = raising(OSError(28, "No space left on device"))
+
+
+@pytest.mark.parametrize("main, cure", [
+    (too_large_a_tensor, "fewer images at a time"),
+    (too_large_a_buffer, "fewer images at a time"),
+    (killed_worker, "--workers 0"),
+    (lost_connection, "lost each other.*--resume"),
+    (full_disk, "No space left on device; check"),
+])
+def test_what_a_system_refuses_is_one_line_with_its_cure(main, cure, kept_output, capsys):
+    with pytest.raises(SystemExit) as e:
         files.cli(main)
-    if cure:
-        assert e.value.code == 2 and re.fullmatch(f"error: .+{cure}.*\n", capsys.readouterr().err)
+    assert e.value.code == 2
+    assert re.fullmatch(f"error: .+{cure}.*\n", capsys.readouterr().err)
 
 
-def test_free_memory_is_what_each_system_says(tmp_path, monkeypatch):
+def test_a_mistake_in_the_code_is_not_hidden(kept_output):
+    with pytest.raises(RuntimeError, match="a mistake"):
+        files.cli(raising(RuntimeError("a mistake")))
+
+
+def test_free_memory_is_what_linux_says():
     free, source = processes.system_memory()
-    with open("/proc/meminfo") as lines:
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    assert free == pytest.approx(1024 * available, rel=0.2) and "Linux" in source
-    monkeypatch.setattr(processes, "open", lambda *a: open(tmp_path / "gone"), raising=False)
+    report = Path("/proc/meminfo").read_text()
+    kilobytes = re.search(r"^MemAvailable: +(\d+) kB", report, re.M)[1]
+    assert free == pytest.approx(1024 * int(kilobytes), rel=0.2)
+    assert "Linux" in source
+
+
+@pytest.fixture
+def not_linux(tmp_path, monkeypatch):
+    """No /proc, and no programs but those in tmp_path."""
+    def no_such_file(*args):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(processes, "open", no_such_file, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert processes.system_memory() == (4e9, processes.system_memory()[1]) and "--at-once" in processes.system_memory()[1]
-    (tmp_path / "vm_stat").write_text("""#!/bin/sh
+
+
+def test_free_memory_is_a_guess_on_any_other_system(not_linux):
+    free, source = processes.system_memory()
+    assert free == 4e9
+    assert "--at-once" in source
+
+
+VM_STAT = """#!/bin/sh
 echo 'Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages free:                               100.
 Pages active:                            5000.
 Pages inactive:                            20.
 Pages speculative:                          3.
-"Translation faults":                 123456.'""")
-    (tmp_path / "vm_stat").chmod(0o755)
+"Translation faults":                 123456.'"""
+
+
+def test_free_memory_is_what_macos_says(not_linux, tmp_path):
+    program = tmp_path / "vm_stat"
+    program.write_text(VM_STAT)
+    program.chmod(0o755)
     assert processes.system_memory() == (123 * 16384, "as macOS says")
 
 
 def test_without_fcntl_nothing_is_locked_and_all_else_works(tmp_path, monkeypatch):
-    with open(tmp_path / "a", "w") as file, open(tmp_path / "a") as other:
+    path = tmp_path / "a"
+    with open(path, "w") as file, open(path) as other:
         files.lock(file, "a")
         complaint("a: another run", files.lock, other, "a")
         monkeypatch.setitem(sys.modules, "fcntl", None)
         files.lock(other, "a")
 
 
-def test_who_may_not_read_or_write_is_told_so_before_any_work(tiny):
-    """As a user who is not root, in a folder where others may write nothing."""
+@pytest.fixture
+def locked_folder():
+    """A folder where nobody but root may write; not in tmp_path, which others may not enter."""
     folder = Path(tempfile.mkdtemp())
-    locked, dark, hidden = folder / "locked", folder / "dark.jsonl", folder / "hidden"
-    hidden.mkdir()
-    (folder / "old.jsonl").write_text("{}")
-    dark.write_text("{}")
-
-    def attempts():
-        if os.getuid() == 0:
-            os.setuid(65534)
-        place = folder / "new.jsonl"
-        complaint("no file may be made", files.check_place, "--answers", place, dark, (".jsonl",))
-        complaint("cannot be written", files.write, place, [])
-        complaint("cannot be written", questions.answer_file, folder / "old.jsonl", [], {"model": ""}, None)
-        complaint("--out .* cannot be written", running.Run, locked, {}, Processes("cpu"))
-        complaint("Permission denied", questions.read_questions, dark)
-        complaint("Permission denied", coco_files.read_coco, dark)
-        complaint("Permission denied.*permissions", read_image, dark)
-        complaint("Permission denied", pruner.load_pruner, folder)
-        complaint("Permission denied", running.read_checkpoint, folder / "scorer.safetensors")
-        complaint("no picture in it may be opened", coco_files.check_present, {hidden / "a.jpg": "a"}, [hidden])
-    dark.chmod(0)
-    hidden.chmod(0o600)
+    old_answers = folder / "old.jsonl"
+    old_answers.write_text("{}")
+    unreadable = folder / "unreadable.jsonl"
+    unreadable.write_text("{}")
+    unreadable.chmod(0)
+    (folder / "hidden").mkdir()
+    (folder / "hidden").chmod(0o600)
     pruner_folder(folder)
     (folder / "scorer.safetensors").chmod(0)
     folder.chmod(0o555)
-    assert in_a_process(attempts) == 0
+    yield folder
     folder.chmod(0o755)
     shutil.rmtree(folder)
+
+
+def test_missing_permissions_are_named_before_any_work(locked_folder):
+    """As a user who is not root."""
+    new, old = locked_folder / "new.jsonl", locked_folder / "old.jsonl"
+    unreadable = locked_folder / "unreadable.jsonl"
+    nobody = 65534
+
+    def attempts():
+        if os.getuid() == 0:
+            os.setuid(nobody)
+        place = "--answers", new, unreadable, (".jsonl",)
+        complaint("no file may be made", files.check_place, *place)
+        complaint("cannot be written", files.write, new, [])
+        complaint("cannot be written", questions.answer_file, old, [], {"model": ""}, None)
+        run_folder = locked_folder / "run"
+        complaint("--out .* cannot be written", running.Run, run_folder, {}, Processes("cpu"))
+        complaint("Permission denied", questions.read_questions, unreadable)
+        complaint("Permission denied", coco_files.read_coco, unreadable)
+        complaint("Permission denied.*permissions", read_image, unreadable)
+        complaint("Permission denied", pruner.load_pruner, locked_folder)
+        checkpoint = locked_folder / "scorer.safetensors"
+        complaint("Permission denied", running.read_checkpoint, checkpoint)
+        hidden = locked_folder / "hidden"
+        complaint("no picture in it may be opened", coco_files.check_present,
+                  {hidden / "a.jpg": "a"}, [hidden])
+
+    assert in_a_process(attempts) == 0
 
 
 # --- question files, captions, pruners, infer.py ----------------------------------------------------------------------
