@@ -236,7 +236,8 @@ def prefill_cost(vlm, L):
 
     A multiply-add is two FLOPs. Of a mixture of experts those count that a token goes through.
     """
-    config, layers = vlm.model.config.get_text_config(), vlm.decoder.layers
+    config = vlm.model.config.get_text_config()
+    layers = getattr(vlm.decoder, "model", vlm.decoder).layers
     heads, D = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or D // heads
     pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values

@@ -3732,11 +3732,11 @@ def test_the_cost_of_a_prefill_is_what_torch_counts(backbone, keep):
 
     config = vlm.model.config.get_text_config()
     logits = 2 * config.hidden_size * config.vocab_size  # here the model makes those of all tokens
-    near = 0
-    if not vlm.exact:  # what a recurrent layer does beside its weights is not counted
-        near = 0.2
     counted = counter.get_total_flops()
-    assert flops + logits * (L - 1) == pytest.approx(counted, rel=near, abs=0)
+    if vlm.exact:
+        assert flops + logits * (L - 1) == counted
+    else:  # what a recurrent layer does beside its weights is not counted
+        assert flops + logits * (L - 1) < counted
 
 
 @pytest.mark.parametrize("name, device", [(TINY, "cpu"), ("random:qwen2.5-vl-3b", "meta")])
@@ -4844,10 +4844,14 @@ def test_readme_snippets_stand_in_the_code_or_run_and_its_links_lead_somewhere(c
 
 def test_readme_table_is_what_was_measured():
     table = json.loads((ROOT / "results/accuracy.json").read_text())["accuracy"]
-    kept = {name: f"{accuracy.retention(by, table['all 144']):.1f}" for name, by in table.items()}
-    names = "random norm pooling uniform CLS diversity DPP coverage scorer".split() + ["scorer, top"]
-    rows = re.findall(r"^\| [^|]+ \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", README, re.M)
-    assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8)) for name in names]
+    kept = {}
+    for name, by_category in table.items():
+        kept[name] = f"{accuracy.retention(by_category, table['all 144']):.1f}"
+    names = "random norm pooling uniform CLS DPP diversity coverage".split()
+    names += ["scorer, top", "scorer"]
+    number = r"\*{0,2}(\d+\.\d)\*{0,2}"
+    rows = re.findall(rf"^\| [^|]+ \| {number} \| {number} \| {number} \| {number} \|$", README, re.M)
+    assert rows == [tuple(kept[f"{name} {K}"] for K in (32, 16, 8, 4)) for name in names]
 
 
 def test_random_architectures_have_the_published_sizes_and_readme_counts_the_flops_of_llava_right():
@@ -4861,5 +4865,5 @@ def test_random_architectures_have_the_published_sizes_and_readme_counts_the_flo
         assert vlm.width == width
     L = vlm.dummy_inputs(1, 95)["input_ids"].shape[1]
     full, pruned = (flops / 1e12 for flops in bench.prefill_flops(vlm, [L, L - 576 + 64]).values())
-    assert f"{full:.3f} T for 576 visual tokens and {pruned:.3f} T for 64, {full / pruned:.2f} times" in re.sub(
-        r"\s+", " ", README)
+    counted = f"{full:.3f} T for 576 visual tokens and {pruned:.3f} T for 64, {full / pruned:.2f} times"
+    assert counted in " ".join((ROOT / "eval/README.md").read_text().split())

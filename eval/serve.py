@@ -36,7 +36,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from common.budget import Budget
-from common.criteria import BY_FEATURES
+from common.criteria import BY_FEATURES, UNTRAINED
 from common.files import ROOT, InputError, cli, portable, short
 from common.pruner import RANKINGS, fingerprint, load_pruner
 from common.weights import find, one_line, read_processor
@@ -343,7 +343,7 @@ def parse_arguments():
     add = parser.add_argument
     add("model", help="folder or hub name of a LLaVA-1.5, Qwen2.5-VL or Qwen3-VL")
     add("--pruner", metavar="DIR", help="folder with the pruner that was trained for it")
-    add("--choose", choices=[*RANKINGS, *BY_FEATURES], help="distinct and top go by the pruner "
+    add("--choose", choices=[*RANKINGS, *UNTRAINED], help="distinct and top go by the pruner "
         "(default: as it was trained), the others without one (default: diversity)")
     add("--keep", metavar="K", help="visual tokens to keep of each picture: a number, a share as "
         "11.1%%, or all (default: as the pruner was trained; without one 11.1%%)")
