@@ -233,10 +233,12 @@ def against_papers(name, table, theirs):
         this, base = table[f"{name}, by {choose}"]["16"], table[f"ours, by {choose}"]["16"]
         change = mean(this) - mean(base)
         clear = max(this) < min(base) or min(this) > max(base)
-        beyond = "beyond" if clear else "within"
-        sentences.append(f"by {choose} {change:+.1f} points at 16, {beyond} the spread of our seeds"
-                         f" (the papers {theirs:+.1f}: {supports(clear and change * theirs > 0)})")
-    return f"{name}: {'; '.join(sentences)}."
+        verdict = "one seed"
+        if len(this) > 1:
+            beyond = "beyond" if clear else "within"
+            verdict = f"{beyond} the spread of the seeds: {supports(clear and change * theirs > 0)}"
+        sentences.append(f"by {choose} {change:+.1f} points at 16, {verdict}")
+    return f"{name}: {'; '.join(sentences)}. The papers have {theirs:+.1f}."
 
 
 # --- studies that look ----------------------------------------------------------------------------
