@@ -1,5 +1,5 @@
 """
-The denoiser: repairs each gated token from its own content. In training only.
+The denoiser, step 4 continued: repairs each gated token from its own content. In training only.
 
 One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token
 that saw others could copy from them what the gate withheld, and spoil what the scorer learns.

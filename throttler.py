@@ -93,7 +93,7 @@ class Scorer(nn.Module):
         return scores.masked_fill(~valid, -torch.inf)
 
 
-# --- the ranking: what a token is worth beside the better ones ------------------------------------
+# --- step 2: the ranking, what a token is worth beside the better ones ----------------------------
 
 C = 4.0  # how much likeness costs, in standard deviations of the scores; chosen on validation questions
 
@@ -122,7 +122,7 @@ def distinct(scores, X, c=C):
     z: the standardised scores (B, N); x: the features X (B, N, d), x̄ their mean over the image;
     cos⁺ = max(0, cos). Padding (a score of -inf) stays -inf. It takes N² numbers an image. The
     gradient is that of z alone: which tokens are better, and how alike they are, are constants.
-    Related: Matrix NMS (SOLOv2, arXiv 2003.10152), for boxes instead of tokens.
+    Related: Matrix NMS (SOLOv2, arXiv 2003.10152), for masks instead of tokens.
     """
     z = standardised(scores.float())
     with torch.no_grad():
@@ -132,7 +132,7 @@ def distinct(scores, X, c=C):
         x = F.normalize(x - mean, dim=-1)
         alike = x @ x.mT  # (B, N, N), cos(x_i - x̄, x_j - x̄)
         better = z[:, None, :] > z[:, :, None]  # (B, N, N), z_j > z_i
-        said = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); not below the 0 of i itself: cos⁺
+        said = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); masked entries are 0: cos⁺
     return z - c * said
 
 
@@ -163,7 +163,7 @@ def select(ranking, K):
     return keep.sort(dim=-1).values
 
 
-# --- step 2: weights that sum to the budget -------------------------------------------------------
+# --- step 3: weights that sum to the budget -------------------------------------------------------
 
 class SoftTopK(torch.autograd.Function):
     """alpha_i = F(s_i/tau - b), F the Laplace CDF, b the one shift that makes alpha sum to K.
@@ -234,7 +234,7 @@ def soft_top_k(scores, K, tau=1.0):
     return SoftTopK.apply(scores, K, tau)
 
 
-# --- step 3: a gate of noise ----------------------------------------------------------------------
+# --- step 4: a gate of noise ----------------------------------------------------------------------
 
 def whitening(X):
     """Mean (d,) and L (d, d) with L·Lᵀ the covariance of the tokens X (..., d), in float32.

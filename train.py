@@ -11,7 +11,7 @@ captions as "pruned"; "loss" is that of the training. Hardness is the mean alpha
 at 1 the two paths are the same. A question file gives a closing table of what accuracy is kept.
 
 Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint into --out. A run
-that was stopped or killed goes on with --resume, and ends with the same scorer, bit for bit.
+that was stopped or killed continues with --resume, and ends with the same scorer, bit for bit.
 """
 import argparse
 import hashlib
@@ -43,7 +43,7 @@ from model import DTYPES, add_device_arguments, load, number_type
 from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
-SPARSE = 5  # while tau falls no scorer is kept, and evaluations are so many times rarer
+SPARSE = 5  # while tau falls no scorer is kept: evaluations are this many times rarer
 
 
 # --- the method -----------------------------------------------------------------------------------
