@@ -4784,7 +4784,7 @@ def test_vllm_answers_as_the_stock_model_with_dropped_tokens_masked(kind, flags,
             """All at once, eight at a time, against the stock model: answers and log-probabilities."""
             options = {"mm_processor_kwargs": {"keep": keep}} if keep else {}
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                got = list(pool.map(lambda one: post(port, map(png, one[0]), one[1], **options), asked))
+                got = list(pool.map(lambda one: post(port, map(png_url, one[0]), one[1], **options), asked))
             for one, (status, reply) in zip(asked, got):
                 assert status == 200, reply
                 answer, first = stock.answer(*one, keep or "11.1%")
