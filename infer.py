@@ -21,7 +21,6 @@ A question file is answered in LLaVA's evaluation format, for its official score
 are in github.com/AoiDragon/POPE, output/coco). A killed run resumes.
 """
 import argparse
-import copy
 import json
 import math
 import sys
@@ -30,9 +29,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from common.budget import Budget
 from common.criteria import UNTRAINED
@@ -41,7 +41,7 @@ from common.graphs import CACHE, Graphs
 from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
 from data.pictures import read_image, seen_by_model, sheet
 from data.questions import answer_file, read_questions, score
-from model import DTYPES, add_device_arguments, load, number_type, take
+from model import DTYPES, add_device_arguments, load, number_type
 
 SOFTWARE = 0x0131  # EXIF's field for the program that drew a picture
 
@@ -196,34 +196,9 @@ def answer_questions(args, vlm, rows, choose, by, scorer):
 
 # --- one picture ----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def image_cache(vlm, inputs, X, keep=None):
-    """Keys and values of the prompt up to the image's last token, which all questions share.
-
-    None where they do not: the image's tokens look ahead at the question (PaliGemma), or a
-    recurrent layer reads.
-    """
-    ids = inputs["input_ids"][0].flip(0)
-    after = ids.eq(vlm.image_id).int().argmax()  # text tokens behind the image
-    sequence = vlm.embed(inputs, X, keep)
-    by_hook = sequence.pop("told", {})
-    length = sequence["attention_mask"].shape[1] - after
-    before = torch.arange(length, device=X.device)[None]  # (1, length)
-    mask = by_hook.get("attention_mask")
-    looks_ahead = torch.is_tensor(mask) and mask[..., before[0], length:].any()
-    if looks_ahead or not vlm.exact:
-        return None
-    sequence.pop("input_ids", None)
-    prefix = {name: take(t, name, before) for name, t in (sequence | by_hook).items()}
-    cache = DynamicCache(config=vlm.model.config.get_text_config(decoder=True))
-    vlm.decoder(**prefix, **{CACHE: cache})
-    return cache
-
-
-def answer_to(vlm, inputs, X, keep, max_new_tokens, cache=None):
-    """The answer to one question; with a cache the image is not read again."""
-    options = {} if cache is None else {CACHE: copy.deepcopy(cache)}
-    return vlm.generate(inputs, X, keep, max_new_tokens, **options)[0]
+def answer_to(vlm, inputs, X, keep, max_new_tokens):
+    """The answer to one question."""
+    return vlm.generate(inputs, X, keep, max_new_tokens)[0]
 
 
 def milliseconds(f):
@@ -231,37 +206,26 @@ def milliseconds(f):
     return 1000 * min(timeit.repeat(f, number=1, repeat=2))
 
 
-def prefill_cost(vlm, L):
-    """(bytes, FLOPs) of a prompt of L tokens: its KV cache, and the LLM's work to the first logits.
+@torch.no_grad()
+def prefill_cost(vlm, inputs, X, keep=None):
+    """(bytes, FLOPs) of reading a prompt: its KV cache, and the LLM's work to the first logits.
 
-    A multiply-add is two FLOPs. Of a mixture of experts those count that a token goes through.
+    As torch counts it, two FLOPs a multiply-add, with attention as plain matrix products: of its
+    fused forms torch does not count all.
     """
-    config = vlm.model.config.get_text_config()
-    layers = getattr(vlm.decoder, "model", vlm.decoder).layers
-    heads, D = config.num_attention_heads, config.hidden_size
-    size = getattr(config, "head_dim", None) or D // heads
-    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-    recurrent = kinds.count("linear_attention") + kinds.count("conv")
-    attending = len(kinds) - recurrent  # layers with a KV cache
-    # each class has its own name for how many experts a token goes through
-    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
-    experts = max(getattr(config, name, None) or 0 for name in names)
-    weights = 0  # that a token meets
-    for p in layers.parameters():
-        if p.dim() == 2:
-            weights += p.numel()
-        elif p.dim() == 3:  # (experts, …)
-            weights += p[0].numel() * experts
-    attention = 2 * L * L * heads * size * attending  # Q·Kᵀ, and as many for A·V
-    logits = D * config.vocab_size  # of the last token alone
-    cache = 2 * L * pairs * size * attending * vlm.model.dtype.itemsize
-    return cache, 2 * (L * weights + attention + logits)
+    counter = FlopCounterMode(display=False)
+    with vlm.telling(vlm.embed(inputs, X, keep)) as given:
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            cache = vlm.model(**given, use_cache=True, logits_to_keep=1)[CACHE]
+    size = 0
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):  # a recurrent layer has none
+            size += layer.keys.nbytes + layer.values.nbytes
+    return size, counter.get_total_flops()
 
 
 def chat(vlm, image, X, keep, max_new_tokens):
-    """Questions until the input ends. Each stands for itself; all share the image's cache."""
-    cache = image_cache(vlm, vlm.inputs([image], ["?"]), X, keep)
+    """Questions until the input ends. Each stands for itself; the picture is encoded once."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused as a question
     prompt = "> " if sys.stdin and sys.stdin.isatty() else ""
@@ -277,7 +241,7 @@ def chat(vlm, image, X, keep, max_new_tokens):
         except InputError as e:
             print("error:", e, file=sys.stderr)
             continue
-        print(answer_to(vlm, inputs, X, keep, max_new_tokens, cache), flush=True)
+        print(answer_to(vlm, inputs, X, keep, max_new_tokens), flush=True)
 
 
 def draw(args, vlm, inputs, image, X, kept, scorer, answers):
@@ -301,16 +265,11 @@ def answer_one(args, vlm, image, choose, scorer):
     except InputError as e:
         raise InputError(f"{args.image}: {e}") from None
     X = vlm.encode(inputs)  # (1, N, d_v)
-    N, L = X.shape[1], inputs["input_ids"].shape[1]
+    N = X.shape[1]
     keep = choose(X, inputs)  # (1, K), or None
     kept = list(range(N)) if keep is None else keep[0].tolist()
-    # each with the kept tokens, and with all
-    cache, flops = zip(prefill_cost(vlm, L - N + len(kept)), prefill_cost(vlm, L))
-    MB, GFLOP = [n / 1e6 for n in cache], [n / 1e9 for n in flops]
-    summary = (f"kept {len(kept)} of {N} tokens: KV cache {MB[0]:,.2f} of {MB[1]:,.2f} MB, prefill "
-               f"{GFLOP[0]:,.2f} of {GFLOP[1]:,.2f} GFLOP")
     if args.question is None:
-        print(summary, flush=True)
+        print(f"kept {len(kept)} of {N} visual tokens", flush=True)
         return chat(vlm, image, X, keep, args.max_new_tokens)
 
     answer = answer_to(vlm, inputs, X, keep, args.max_new_tokens)
@@ -318,9 +277,14 @@ def answer_one(args, vlm, image, choose, scorer):
     if args.show:
         full_answer = answer_to(vlm, inputs, X, None, args.max_new_tokens)
         draw(args, vlm, inputs, image, X, kept, scorer, (full_answer, answer))
+    # each with the kept tokens, and with all
+    cache, flops = zip(prefill_cost(vlm, inputs, X, keep), prefill_cost(vlm, inputs, X))
     ms = (milliseconds(lambda: answer_to(vlm, inputs, X, choose(X, inputs), 1)),
           milliseconds(lambda: answer_to(vlm, inputs, X, None, 1)))
-    print(f"{summary} ({ms[0]:.0f} of {ms[1]:.0f} ms with the choice)")
+    print(f"kept {len(kept)} of {N} visual tokens")
+    print(f"reading the prompt: {flops[0] / 1e9:,.2f} GFLOP instead of {flops[1] / 1e9:,.2f}, "
+          f"{ms[0]:.0f} ms with the choice instead of {ms[1]:.0f}, "
+          f"KV cache {cache[0] / 1e6:,.2f} MB instead of {cache[1] / 1e6:,.2f}")
     if args.json:
         print(json.dumps({"answer": answer, "kept": kept, "tokens": N, "cache_bytes": cache,
                           "prefill_flops": flops, "prefill_ms": ms}))

@@ -565,7 +565,7 @@ class VLM:
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     @torch.no_grad()
-    def generate(self, inputs, X, keep=None, max_new_tokens=64, **options):
+    def generate(self, inputs, X, keep=None, max_new_tokens=64):
         """Greedy answers, B strings: positions continue from the last original one.
 
         An answer ends where the model's context does. InputError for logits of NaN.
@@ -586,7 +586,7 @@ class VLM:
         with self.telling(sequence) as given:
             ids = self.model.generate(
                 **given, max_new_tokens=max_new_tokens, logits_processor=[watch],
-                stopping_criteria=[at_the_end], **options)
+                stopping_criteria=[at_the_end])
         if not all(finite):
             raise InputError("features or logits are no finite numbers: the weights are damaged, "
                              "or overflow in this number type; try --dtype float32")

@@ -77,8 +77,8 @@ class Graphs:
 
     The first answer is compared with the VLM's own. If it differs, or something cannot be recorded,
     one line says so, and from there on all is the VLM's own, eager. Always eager: pictures with
-    different numbers of tokens, options (a chat's cache), what does not fit into the context or the
-    `slots` of the cache, of which 1,024 take 0.54 GB a picture in a 7B.
+    different numbers of tokens, and what does not fit into the context or the `slots` of the cache,
+    of which 1,024 take 0.54 GB a picture in a 7B.
     """
 
     def __init__(self, vlm, slots=1024, kind=Graphed):
@@ -112,10 +112,10 @@ class Graphs:
             return self.vlm.encode(inputs)
         return self.encode_pixels(inputs["pixel_values"])
 
-    def generate(self, inputs, X, keep=None, max_new_tokens=64, **options):
+    def generate(self, inputs, X, keep=None, max_new_tokens=64):
         """Greedy answers, B strings, as the VLM's."""
         def eager():
-            return self.vlm.generate(inputs, X, keep, max_new_tokens, **options)
+            return self.vlm.generate(inputs, X, keep, max_new_tokens)
 
         def fast():
             if not self.compared:  # by eight tokens: rounding alone may part long answers
@@ -128,7 +128,7 @@ class Graphs:
         whole = inputs["input_ids"].shape[1] + max(8, max_new_tokens)
         dropped = 0 if keep is None else X.shape[1] - keep.shape[1]
         fits = whole <= self.vlm.context and whole - dropped + 31 <= len(self.slots)  # 31: padding
-        if options or "valid" in inputs or not fits:
+        if "valid" in inputs or not fits:
             return eager()
         return self.attempt(fast, eager)
 
