@@ -281,6 +281,16 @@ def training(vlm, batch, K):
     return partial(train_once, vlm, *modules, inputs, K)
 
 
+def activation_memory(vlm, batch, once):
+    """{…}: GB that train.py plans for a step's activations, and that a step takes on a GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    once(Clock("cuda"))
+    used = torch.cuda.max_memory_allocated() - before
+    planned = vlm.memory(0, batch)["activations"]
+    return {"planned GB": planned / 1e9, "used GB": used / 1e9}
+
+
 def measure(vlm, args, counts):
     """[{column: value}], a line for each row that was timed."""
     device, N = vlm.model.device, counts[0]
@@ -305,6 +315,8 @@ def measure(vlm, args, counts):
     rows = []
     for row, times in results.items():
         line = {**row._asdict(), **times}
+        if row.way == "training" and device.type == "cuda":
+            line |= activation_memory(vlm, row.batch, work[row])
         if row.way in ("eager", "graphs"):
             line["TFLOPs"] = row.batch * flops[row.tokens + args.text] / 1e12
             line |= compared(times, results[row._replace(tokens=N)])

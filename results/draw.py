@@ -20,16 +20,15 @@ if not __package__:
     sys.exit(2)
 
 import torch
-from PIL import Image, ImageFont, ImageOps
+from PIL import Image, ImageFont
 
 from common.files import ROOT, InputError, cli, short, write
 from common.pruner import chooser, load_pruner
 from data.pictures import frame, read_image, seen_by_model
 from data.shapes.prepare import draw_scene, questions
-from denoiser import Denoiser
 from eval.accuracy import retention
 from model import load
-from results.charts import BLUE, INK, RED, arrow, box, canvas, label, line_chart
+from results.charts import INK, RED, arrow, box, canvas, label, line_chart
 from throttler import soft_top_k, vp_gate, whitening
 
 HERE = Path(__file__).resolve().parent
@@ -133,37 +132,6 @@ def gate():
         x = 40 + i * 460
         image.paste(panel.resize((420, 420), Image.NEAREST), (x, 20))
         label(draw, x + 210, 464, name, "mt")
-    return image.reduce(2)
-
-
-def dependence(denoiser):
-    """How strongly each of 12 output tokens depends on each input token, (12, 12)."""
-    def outputs(X):
-        return denoiser(X[None])[0]
-
-    J = torch.autograd.functional.jacobian(outputs, torch.randn(12, 64))  # (12, 64, 12, 64)
-    return J.square().sum((1, 3)).sqrt()
-
-
-def attention():
-    """What a Denoiser's outputs depend on, with both masks; white is exactly 0."""
-    image, draw = canvas(1460, 800)
-    for x, diagonal, title in (
-        (50, True, "identity mask: Denoiser"),
-        (810, False, "full mask: the ablation"),
-    ):
-        torch.manual_seed(0)
-        denoiser = Denoiser(64, diagonal)
-        for layer in (denoiser.block.attn.out, denoiser.block.mlp[-1]):
-            torch.nn.init.normal_(layer.weight, std=0.3)  # as if trained: they start at zero
-        J = dependence(denoiser)
-        grey = (255 * (1 - (J / J.max()).sqrt())).byte()
-        matrix = Image.frombytes("L", J.shape, grey.numpy().tobytes())
-        matrix = ImageOps.colorize(matrix, BLUE, "white")
-        image.paste(matrix.resize((600, 600), Image.NEAREST), (x, 100))
-        draw.rectangle((x, 100, x + 600, 700), None, INK, 3)
-        label(draw, x + 300, 50, title, "mm")
-    label(draw, 730, 750, "across: input token; down: output token; white: exactly 0", "mm")
     return image.reduce(2)
 
 
@@ -302,7 +270,6 @@ PICTURES = {
     "kept": kept,
     "soft_top_k": soft_top_k_curves,
     "gate": gate,
-    "attention": attention,
     "graphs": graphs,
     "accuracy": accuracy,
 }

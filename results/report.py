@@ -8,7 +8,7 @@ import re
 
 from bench import tables
 from eval.accuracy import retention
-from eval.tables import made_by, markdown, percentile, spread
+from eval.tables import made_by, markdown, spread
 
 
 def cell(value, digits):
@@ -21,7 +21,7 @@ def cell(value, digits):
 
 
 def study(made):
-    """The tables and notes of a study."""
+    """The tables of a study."""
     parts = []
     for title, table in made["tables"].items():
         digits = made.get("digits", {}).get(title, 1)
@@ -29,7 +29,7 @@ def study(made):
         rows = [[name, *(cell(row[column], digits) for column in columns)]
                 for name, row in table.items()]
         parts.append(markdown([title, *columns], rows))
-    return parts + made.get("notes", [])
+    return parts
 
 
 def accuracy(made):
@@ -60,30 +60,7 @@ def speed(made):
     return parts
 
 
-def serving(made):
-    rows, whole = [], percentile(made["576"], 50)
-    for K, seconds in made.items():
-        median = percentile(seconds, 50)
-        rows.append([K, f"{median:.2f} [{min(seconds):.2f}–{max(seconds):.2f}]", f"{whole / median:.2f}×"])
-    return [markdown(["visual tokens of a picture", "16 answers, s", "faster"], rows)]
-
-
-def gpu(made):
-    said, training = [], made.get("training")
-    if training:
-        planned, used = sum(training["planned GB"].values()), training["used GB"]
-        said.append(f"Training of the 7B, {training['images at once']} pictures a step: "
-                    f"{planned:.1f} GB planned, {used:.1f} used, {training['seconds a step']:.2f} s a step.")
-    if "default" in made:
-        done = json.loads(made["default"]["said"])
-        said.append(f"`train.py` on the embedded default, in {done['settings']['dtype']}: {done['retention']:.1f} % "
-                    f"kept at {done['keep']} tokens, after {done['seconds']:.0f} s of training.")
-    if "tests" in made:
-        said.append(f"The tests: {made['tests']['said']}")
-    return said
-
-
-OTHERS = {"accuracy": accuracy, "speed": speed, "gpu": gpu, "serving": serving, "flops": speed, "launches": speed}
+OTHERS = {"accuracy": accuracy, "speed": speed, "flops": speed, "launches": speed}
 
 
 def section(folder, name):

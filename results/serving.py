@@ -9,6 +9,7 @@ visual tokens, of which all stay or 64. Encoder, scorer and choice are in the ti
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -55,7 +56,19 @@ def throughput(llm, repeats=5):
             llm.generate(asked, limits, use_tqdm=False)
             if repeat:
                 seconds.append(time.perf_counter() - begin)
-    return {"576" if keep == "all" else keep: seconds for keep, seconds in times.items()}
+    return times
+
+
+def table(times):
+    """The times as a study's table: median, the fastest and the slowest, and the ratio of medians."""
+    rows, whole = {}, statistics.median(times["all"])
+    for keep, seconds in times.items():
+        median = statistics.median(seconds)
+        rows[keep.replace("all", "576")] = {
+            "16 answers, s": f"{median:.2f} [{min(seconds):.2f}–{max(seconds):.2f}]",
+            "faster": f"{whole / median:.2f}×",
+        }
+    return {"tables": {"visual tokens of a picture": rows}}
 
 
 def main():
@@ -72,7 +85,7 @@ def main():
         settings = overrides(choice, AutoConfig.from_pretrained(model))
         llm = start(model, settings, ["--dtype", "float32", "--load-format", "dummy",
                                       "--enforce-eager"])
-        save(args.json, "python -m results.serving", {"serving": throughput(llm)})
+        save(args.json, "python -m results.serving", {"serving": table(throughput(llm))})
 
 
 if __name__ == "__main__":

@@ -6,21 +6,16 @@ Studies on the embedded default. Each writes results/NAME.json and prints what i
     python -m results.study ablations    # the method, and the papers' ablations of it (hours)
     python -m results.study objects      # what the kept tokens lie on (a minute)
     python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
-    python -m results.study ceiling      # how far choosing goes, and where it falls short (half an hour)
-    python -m results.study gpu          # all that needs a GPU
     python -m results.study report       # RESULTS.md, from all JSON files that are there
 
-A study returns tables {title: {row: {column: cell}}} and sentences, "notes". A cell is text, a
-number, or a list with one number for each seed.
+A study returns tables {title: {row: {column: cell}}}. A cell is text, a number, or a list with one
+number for each seed.
 """
 import argparse
 import copy
 import json
-import random
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 if not __package__:
@@ -28,23 +23,20 @@ if not __package__:
     sys.exit(2)
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from common.budget import Budget
-from common.files import ROOT, InputError, cli, portable, write
+from common.files import ROOT, InputError, cli, write
 from common.pruner import chooser, fingerprint, load_pruner
-from data.pictures import read_image
 from data.questions import read_questions
-from data.shapes.prepare import SPLITS, caption, draw_scene, prepare
+from data.shapes.prepare import SPLITS, prepare
 from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
 from eval.accuracy import accuracies, free_choices, retention, right_or_wrong
-from eval.tables import budgets, check, mean, save
+from eval.tables import budgets, check, save
 from model import add_device_arguments, load
 from results.report import report, section
-from throttler import Scorer, distinct, select, soft_top_k, whitening
-from train import PROMPT, Parts, forward, parse_arguments, temperature, train
+from throttler import distinct, select, soft_top_k
+from train import Parts, parse_arguments, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
 RECIPE = ("keep", "choose", "steps", "batch", "lr", "seed", "eval_every", "dtype")
@@ -57,11 +49,11 @@ def embedded(split):
 
 
 def retained(vlm, rows, ways):
-    """({way: retention in per cent}, {way: tokens kept for each question}) of ways {way: choose}."""
+    """{way: retention in per cent} of ways {way: choose}."""
     choices = WHOLE | {way: [choose] for way, choose in ways.items()}
-    right, kept = right_or_wrong(vlm, rows, choices)
+    right, _ = right_or_wrong(vlm, rows, choices)
     table = accuracies(right, rows)
-    return {way: retention(table[way], table["all"]) for way in ways}, kept
+    return {way: retention(table[way], table["all"]) for way in ways}
 
 
 def by_kind(table, full):
@@ -71,10 +63,6 @@ def by_kind(table, full):
         rows[way] = {category: 100 * share for category, share in by_category.items()}
         rows[way]["retention"] = retention(by_category, full)
     return rows
-
-
-def supports(claim):
-    return "this supports them" if claim else "this does **not** support them"
 
 
 # --- what the papers compare with -----------------------------------------------------------------
@@ -112,8 +100,7 @@ VARIANTS = {  # (--choose, what replaces the parts of the method)
     "scale gate": ("distinct", Parts(gate=scale_gate)),
     "global denoiser": ("distinct", Parts(denoiser=global_denoiser)),
 }
-# DiffPrune's figures (arXiv 2605.28051): retention of LLaVA-1.5-7B at 11 %, less that of the method
-PAPERS = {"Gumbel": 87.4 - 95.5, "scale gate": 93.2 - 95.5, "global denoiser": 92.7 - 95.5}
+ABLATIONS = ("Gumbel", "scale gate", "global denoiser")
 
 
 # --- studies that train ---------------------------------------------------------------------------
@@ -125,7 +112,7 @@ def trained(args, vlm, variants):
     """
     folders, weights = {}, fingerprint(vlm.model)
     for name, (choose, parts) in variants.items():
-        seeds = args.ablated if name in PAPERS and args.ablated else args.seeds
+        seeds = args.ablated if name in ABLATIONS and args.ablated else args.seeds
         for seed in range(seeds):
             folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{seed}"
             options = parse_arguments(["--keep", "16", "--seed", str(seed), "--out", str(folder),
@@ -165,7 +152,7 @@ def ranking(args):
                 ways[name, seed, c, K] = choose_by(scorer, c, K)
             keep = ways[name, seed, c, 16](X, None).cpu()
             on_objects[name, seed, c] = 100 * (lies_on.gather(1, keep) == 2).float().mean().item()
-    kept, _ = retained(vlm, rows, ways)
+    kept = retained(vlm, rows, ways)
     table = {}
     for name, training in names.items():
         for c in factors:
@@ -197,48 +184,31 @@ def ablations(args):
                 if choose == settings["choose"] or not budget.average:
                     choice, _ = chooser(vlm, scorer, settings, budget, choose=choose)
                     ways[name, seed, choose, str(budget)] = choice
-    kept, counts = retained(vlm, rows, ways)
-    table, ends, notes = {}, {}, []
+    kept = retained(vlm, rows, ways)
+    table, ends = {}, {}
     for name in VARIANTS:
         seeds = [seed for variant, seed in folders if variant == name]
         for choose in ("distinct", "top"):
-            table[f"{name}, by {choose}"] = {
-                str(budget): [kept[name, seed, choose, str(budget)] for seed in seeds]
-                if (name, 0, choose, str(budget)) in kept else "–" for budget in levels}
-        last = [json.loads((folders[name, seed] / "log.jsonl").read_text().splitlines()[-1])
-                for seed in seeds]
-        gaps = [run["soft_loss"] - run["deployed_loss"] for run in last]
-        ends[name] = {"hardness": [run["hardness"] for run in last],
-                      "soft loss": [run["soft_loss"] for run in last],
-                      "deployed loss": [run["deployed_loss"] for run in last],
-                      "soft - deployed": gaps}
-        if name in PAPERS:
-            notes.append(against_papers(name, table, PAPERS[name]))
-    shapes = {row["image"]: row["label"] for row in rows if row["category"] == "count"}
-    way = ("ours", 0, "distinct", "~16")
-    if way in counts:
-        by_shapes = {}
-        for row, K in zip(rows, counts[way]):
-            by_shapes.setdefault(shapes[row["image"]], []).append(K)
-        listed = ", ".join(f"{mean(by_shapes[n]):.1f} ({n})" for n in sorted(by_shapes))
-        notes.append(f"By the number of shapes, the threshold ~16 keeps {listed} tokens (seed 0).")
+            row = {}
+            for budget in map(str, levels):
+                row[budget] = "–"
+                if (name, 0, choose, budget) in kept:
+                    row[budget] = [kept[name, seed, choose, budget] for seed in seeds]
+            table[f"{name}, by {choose}"] = row
+        ends[name] = last_steps([folders[name, seed] for seed in seeds])
     return {"tables": {"retention, %, test questions": table, "at the last step": ends},
-            "digits": {"at the last step": 4}, "notes": notes}
+            "digits": {"at the last step": 4}}
 
 
-def against_papers(name, table, theirs):
-    """How an ablation differs from the method at 16 tokens, beside the papers' difference."""
-    sentences = []
-    for choose in ("distinct", "top"):
-        this, base = table[f"{name}, by {choose}"]["16"], table[f"ours, by {choose}"]["16"]
-        change = mean(this) - mean(base)
-        clear = max(this) < min(base) or min(this) > max(base)
-        verdict = "one seed"
-        if len(this) > 1:
-            beyond = "beyond" if clear else "within"
-            verdict = f"{beyond} the spread of the seeds: {supports(clear and change * theirs > 0)}"
-        sentences.append(f"by {choose} {change:+.1f} points at 16, {verdict}")
-    return f"{name}: {'; '.join(sentences)}. The papers have {theirs:+.1f}."
+def last_steps(folders):
+    """{what: [its value at the last step of each of these trainings]}."""
+    row = {"hardness": [], "soft loss": [], "deployed loss": [], "soft - deployed": []}
+    for folder in folders:
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        soft, deployed = last["soft_loss"], last["deployed_loss"]
+        for column, value in zip(row, (last["hardness"], soft, deployed, soft - deployed)):
+            row[column].append(value)
+    return row
 
 
 # --- studies that look ----------------------------------------------------------------------------
@@ -274,9 +244,7 @@ def fidelity(args):
         rule[f"{category} with all tokens at least 99"] = (100 * share, share >= 0.99)
     held = {text: {"measured": value, "holds": "yes" if holds else "**no**"}
             for text, (value, holds) in rule.items()}
-    count = sum(holds for _, holds in rule.values())
-    return {"tables": {"retention, %, validation questions": table, "rule": held},
-            "notes": [f"{count} of the {len(rule)} parts of the rule hold."]}
+    return {"tables": {"retention, %, validation questions": table, "rule": held}}
 
 
 def positions(args):
@@ -298,11 +266,8 @@ def positions(args):
     for place, model in (("original", vlm), ("closed up", closed)):
         answered = accuracies(right_or_wrong(model, rows, ways)[0], rows)
         table |= {f"{way}, {place}": by_category for way, by_category in answered.items()}
-    far, near = table["scorer, original"], table["scorer, closed up"]
-    most = max(far, key=lambda category: far[category] - near[category])
-    cost = 100 * (far[most] - near[most])
-    return {"tables": {"accuracy by kind, %, and retention of the first row": by_kind(table, far)},
-            "notes": [f"Closing up costs most in '{most}': {cost:.1f} points."]}
+    full = table["scorer, original"]
+    return {"tables": {"accuracy by kind, %, and retention of the first row": by_kind(table, full)}}
 
 
 def scenes_and_labels(vlm, split):
@@ -340,129 +305,12 @@ def objects(args):
     return {"tables": {"kept tokens, %": table}}
 
 
-def loss_of(graph, inputs, K, tau, parts=Parts()):
-    """The training graph's loss, noise drawn afresh. graph: (vlm, scorer, denoiser, statistics)."""
-    vlm, B = graph[0], len(inputs["input_ids"])
-    noise = torch.randn(B, vlm.tokens, vlm.width, device=vlm.model.device)
-    return forward(*graph, inputs, noise, Budget(K), tau, parts)[0]
-
-
-def descend(graph, batches, K, parameters, lr, steps, end=1.0, parts=Parts()):
-    """`steps` of AdamW on these batches in turn, up to the share `end` of the schedule."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
-    losses = []
-    for step in tqdm(range(steps), dynamic_ncols=True, leave=False):
-        tau = temperature(end * step / steps)
-        loss = loss_of(graph, batches[step % len(batches)], K, tau, parts)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def ceiling(args):
-    """16 tokens of each of 50 test images: how far choosing goes, and where the scorer falls short.
-
-    captions, answers: each image's scores optimised for themselves, without a scorer, on five
-    captions of it, or on its questions and answers. these 50: a scorer trained on those captions
-    alone. scorer: the pruner that ships.
-    """
-    vlm, rows, steps = load(TINY, args.device), embedded("test")[:250], args.steps or 60
-    device = vlm.model.device
-    pictures = [read_image(row["image"]) for row in rows]
-    captions = [caption(draw_scene(f"test-{i // 5}")[1], random.Random(f"ceiling-{i}"))
-                for i in range(len(rows))]  # five a picture, as there are five questions
-    texts = {"captions": ([PROMPT] * len(rows), captions),
-             "answers": ([row["text"] for row in rows], [row["label"] for row in rows])}
-    once = vlm.inputs(pictures[::5], ["?"] * 50)
-    statistics = whitening(vlm.encode(once).float())
-    ways, no_denoiser = dict(WHOLE), torch.nn.Identity()
-    torch.manual_seed(0)
-    for name, (prompts, answers) in texts.items():
-        batches = [vlm.inputs(pictures[i:i + 50], prompts[i:i + 50], answers[i:i + 50])
-                   for i in range(0, len(rows), 50)]
-        keeps = []
-        for inputs in batches:  # ten pictures, as right_or_wrong asks all questions of a picture
-            scores = (0.1 * torch.randn(10, vlm.tokens, device=device)).requires_grad_()
-            graph = vlm, lambda X, valid: scores.repeat_interleave(5, 0), no_denoiser, statistics
-            descend(graph, [inputs], 16, [scores], 0.05, steps)
-            X = vlm.encode(inputs)[::5].float()
-            keeps.append(select(distinct(scores.detach(), X), 16))
-        rest = iter(torch.cat(keeps))
-        ways[name] = [lambda X, inputs, rest=rest: torch.stack([next(rest) for _ in X])]
-        if name == "captions":
-            alone, repairs = Scorer(vlm.width).to(device), Denoiser(vlm.width).to(device)
-            learned = [*alone.parameters(), *repairs.parameters()]
-            descend((vlm, alone, repairs, statistics), batches, 16, learned, 1e-3, 5 * steps)
-    scorer, settings = load_pruner(SHIPPED)
-    ways["these 50"] = [lambda X, inputs: select(distinct(alone(X), X), 16)]
-    ways["scorer"] = [chooser(vlm, scorer.to(device), settings, Budget(16))[0]]
-    answered = accuracies(right_or_wrong(vlm, rows, ways)[0], rows)
-    return {"tables": {"accuracy by kind, %, and retention": by_kind(answered, answered["all"])}}
-
-
-GPU = {  # the parts of the study, beside the training of a 7B
-    "speed": "bench.py --model random:llava-1.5-7b --dtype bfloat16 --batch 1 4 16 --keep 11.1% "
-             "--training --json {to}/speed_gpu.json",
-    "default": "train.py --overwrite --json --out {runs}/gpu",
-    "tests": "-m pytest -q",
-    "two": "-m torch.distributed.run --nproc_per_node 2 train.py --steps 20 --overwrite "
-           "--out {runs}/gpu-2",
-}
-
-
-def train_7b():
-    """Twenty steps of a random 7B: the memory that was planned, and what was used."""
-    vlm, B = load("random:llava-1.5-7b", "cuda", torch.bfloat16), 4
-    inputs = vlm.dummy_inputs(B, 40)
-    captions = inputs["input_ids"][:, -20:]
-    inputs["labels"] = F.pad(captions, (vlm.tokens + 20, 0), value=-100)
-    statistics = torch.zeros(vlm.width, device="cuda"), torch.eye(vlm.width, device="cuda")
-    scorer, denoiser = Scorer(vlm.width).cuda(), Denoiser(vlm.width).cuda()
-    learned = [*scorer.parameters(), *denoiser.parameters()]
-    start = time.time()
-    losses = descend((vlm, scorer, denoiser, statistics), [inputs], 64, learned, 2e-4, 20)
-    planned = vlm.memory(sum(p.numel() for p in learned), B)
-    return {
-        "images at once": B,
-        "planned GB": {part: size / 1e9 for part, size in planned.items()},
-        "used GB": torch.cuda.max_memory_allocated() / 1e9,
-        "seconds a step": (time.time() - start) / 20,
-        "losses": losses,
-    }
-
-
-def gpu(args):
-    """What needs a GPU, or only the parts that --variants names.
-
-    A part that is not run keeps its last numbers.
-    """
-    if not torch.cuda.is_available():
-        raise InputError("gpu: torch sees no GPU on this machine; run it where there is one")
-    result = {}
-    if args.json.exists():
-        result = json.loads(args.json.read_text())["gpu"]
-    for name in args.variants or ["training", *GPU]:
-        if name == "training":
-            result[name] = train_7b()
-        elif name != "two" or torch.cuda.device_count() > 1:
-            command = GPU[name].format(to=portable(args.to), runs=portable(args.runs))
-            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT,
-                                  stdout=subprocess.PIPE, text=True)
-            last = done.stdout.strip().split("\n")[-1]
-            result[name] = {"command": command, "exit": done.returncode, "said": last}
-    return result
-
-
 STUDIES = {
     "fidelity": fidelity,
     "ranking": ranking,
     "ablations": ablations,
     "objects": objects,
     "positions": positions,
-    "ceiling": ceiling,
-    "gpu": gpu,
 }
 
 
@@ -474,12 +322,11 @@ def main():
     add("--seeds", type=int, default=3,
         help="how many seeds, 0 … n-1, of what is trained or drawn (default: %(default)s)")
     add("--steps", type=int,
-        help="training steps (default: train.py's own; ceiling: 60)")
+        help="training steps (default: train.py's own)")
     add("--ablated", type=int, metavar="N",
         help="ablations: seeds of Gumbel, scale gate and global denoiser (default: as --seeds)")
     add("--keep", nargs="+", metavar="K",
         help="ablations: the budgets (default: 48 32 16 8 4 ~16 ~8)")
-    add("--variants", nargs="+", choices=["training", *GPU], help="gpu: only these parts")
     add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained "
         "runs; what is in it is not trained again (default: out/study)")
     add("--to", type=Path, default=ROOT / "results", metavar="DIR",
