@@ -104,7 +104,10 @@ class Counted(Graphed):
 
 def between(at):
     """{mark: ms from the mark before} from {mark: ms from the start}."""
-    return {name: ms - before for (_, before), (name, ms) in itertools.pairwise(at.items())}
+    times = {}
+    for (_, before), (name, ms) in itertools.pairwise(at.items()):
+        times[name] = ms - before
+    return times
 
 
 def answer_times(at, words):
@@ -169,7 +172,8 @@ def choose_once(vlm, scorer, inputs, K, clock):
     if "CLS" in ways:  # the encoder has this at hand; it is not to run twice
         tower = vlm.model.model.vision_tower
         states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        ways["CLS"] = lambda: select(cls_attention(vlm, inputs, states[vlm.layers[-1] - 1]), K)
+        hidden = states[vlm.layers[-1] - 1]  # what enters the layer that gives X
+        ways["CLS"] = lambda: select(cls_attention(vlm, inputs, hidden), K)
     clock.mark("prepared")
     for name, choose in ways.items():
         choose()
@@ -261,7 +265,8 @@ def answers(vlm, scorer, args, counts, kind=None):
 
     N, ways, work = counts[0], {"eager": (vlm, rank)}, {}
     if kind:
-        slots = 1024 * math.ceil((N + args.text + 32 + max(args.words)) / 1024)
+        longest = N + args.text + 32 + max(args.words)
+        slots = 1024 * math.ceil(longest / 1024)
         graphs = Graphs(vlm, slots, kind)
         ways["graphs"] = graphs, graphs.recorded(rank)
     for batch, K, way in itertools.product(args.batch, counts, ways):
@@ -273,9 +278,11 @@ def answers(vlm, scorer, args, counts, kind=None):
 
 def training(vlm, batch, K):
     """clock -> {part: ms} of a training step: so many pictures, captions of 20 tokens."""
-    d, inputs = vlm.width, vlm.dummy_inputs(batch, 40)
-    ids = inputs["input_ids"]
-    inputs["labels"] = F.pad(ids[:, -20:], (ids.shape[1] - 20, 0), value=-100)
+    inputs = vlm.dummy_inputs(batch, 40)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-20] = -100
+    inputs["labels"] = labels
+    d = vlm.width
     with vlm.model.device:
         modules = Scorer(d), Denoiser(d), torch.zeros(d), torch.eye(d)  # mean 0, L·Lᵀ = 1
     return partial(train_once, vlm, *modules, inputs, K)
@@ -309,7 +316,8 @@ def measure(vlm, args, counts):
         inputs = vlm.dummy_inputs(batch, args.text)
         work[Row(K, batch, "choosing")] = partial(choose_once, vlm, scorer, inputs, K)
     if args.training:
-        work[Row(counts[-1], args.training, "training")] = training(vlm, args.training, counts[-1])
+        row = Row(counts[-1], args.training, "training")
+        work[row] = training(vlm, row.batch, row.tokens)
     results = in_turn(work, args.repeats, device)
     flops = prefill_flops(vlm, [K + args.text for K in counts])
     rows = []
@@ -344,7 +352,8 @@ def tables(rows):
         kinds.setdefault(TITLES.get(row["way"], "answers"), []).append(row)
     for title, rows in kinds.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        yield title, columns, [[cell(row.get(column, "–")) for column in columns] for row in rows]
+        lines = [[cell(row.get(column, "–")) for column in columns] for row in rows]
+        yield title, columns, lines
 
 
 def parse_arguments():
@@ -397,7 +406,8 @@ def main():
     elif args.device == "meta":  # nothing runs, so there is nothing to time
         unit, rows = "TFLOPs", []
         for L, flops in prefill_flops(vlm, [K + args.text for K in counts]).items():
-            rows.append({**Row(L - args.text, 1, "prefill")._asdict(), "TFLOPs": flops / 1e12})
+            row = Row(L - args.text, 1, "prefill")
+            rows.append({**row._asdict(), "TFLOPs": flops / 1e12})
     else:
         unit = f"ms, medians of {args.repeats} passes, {args.dtype}"
         rows = measure(vlm, args, counts)

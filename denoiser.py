@@ -65,6 +65,7 @@ if __name__ == "__main__":
     q, k = torch.randn(2, 1, 5, 64)  # any queries and keys will do
     identity = torch.eye(5, dtype=torch.bool)
     attended = F.scaled_dot_product_attention(q, k, diagonal.value(x), attn_mask=identity)
-    for name, y in (("two linear maps", diagonal(x)), ("an identity mask", diagonal.out(attended))):
+    results = {"two linear maps": diagonal(x), "an identity mask": diagonal.out(attended)}
+    for name, y in results.items():
         values = y[0, :, 0].tolist()
         print(f"{name:16}", " ".join(f"{value:+.4f}" for value in values))

@@ -248,8 +248,8 @@ def draw(args, vlm, inputs, image, X, kept, scorer, answers):
     """Write the sheet of --show."""
     picture = seen_by_model(vlm, inputs, image)
     scores = scorer(X)[0].float().cpu() if scorer else None
-    paper = sheet(picture, vlm.boxes(inputs), scores, torch.tensor(kept), X[0].cpu(), args.question,
-                  answers)
+    boxes = vlm.boxes(inputs)  # (N, 4)
+    paper = sheet(picture, boxes, scores, torch.tensor(kept), X[0].cpu(), args.question, answers)
     mark = Image.Exif()
     mark[SOFTWARE] = "diffprune"
     write(args.show, paper, {"exif": mark})
@@ -306,8 +306,8 @@ def parse_arguments():
     add("--show", type=Path, metavar="PNG",
         help="draw what was kept, with the answers by all and by the kept tokens")
     add("--json", action="store_true", help="print the results as JSON on the last line")
-    add("--graphs", action="store_true", help="replay CUDA graphs, so that the GPU does not wait for "
-        "Python (on a CPU the same steps)")
+    add("--graphs", action="store_true",
+        help="replay CUDA graphs, so that the GPU does not wait for Python (on a CPU the same steps)")
     add_question_arguments(parser)
     return parser.parse_args()
 

@@ -217,7 +217,11 @@ class VLM:
         def last(logits):
             return logits[:, -1].float().log_softmax(-1)
 
-        noise = Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3))
+        def distance(a, b):
+            return (a - b).abs().max().item()
+
+        content = random.Random(0).randbytes(64 * 48 * 3)
+        noise = Image.frombytes("RGB", (64, 48), content)
         inputs = self.inputs([noise], ["?"])
         X, visual = self.encode(inputs), self.visual(inputs)  # (1, N, d_v), (1, L)
         third = torch.arange(X.shape[1], device=X.device) % 3 == 0  # (N,)
@@ -228,12 +232,12 @@ class VLM:
         stock.update(attention_mask=shown, position_ids=positions)
         masked = last(self.model(**stock).logits)
 
-        error = (last(self.logits(inputs, X)) - full).abs().max().item()
+        error = distance(last(self.logits(inputs, X)), full)
         if not error <= 1e-3:
             raise InputError("all tokens kept is not the stock model: log-probabilities differ by "
                              f"{error:.2g}; give another model")
         pruned = last(self.logits(inputs, X, third.nonzero().T))
-        error, effect = ((t - masked).abs().max().item() for t in (pruned, full))
+        error, effect = distance(pruned, masked), distance(full, masked)
         share = 0.25 if self.model.dtype.itemsize == 2 else 0.01
         if self.exact and not error <= max(share * effect, 1e-3):
             raise InputError(f"pruning is not masking: log-probabilities differ by {error:.2g}, "
@@ -267,8 +271,10 @@ class VLM:
         kept += 4 * N * (48 * min(self.width, 1024) + 12 * self.width)  # scorer, gate, denoiser
         kept += 6 * N * N  # the ranking: how alike all pairs are, and which is the better
         kept += 20 * c.vocab_size * (size + 8)  # logits
-        own = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
-        frozen = sum(p.numel() * p.element_size() for p in own)  # of a shard, only its part
+        frozen = 0
+        for p in self.model.parameters():
+            own = p.to_local() if hasattr(p, "to_local") else p  # of a shard, only its part
+            frozen += own.nbytes
         learned = 16 * learned + 4 * self.width ** 2  # with AdamW's moments; the gate's L
         return {"frozen": frozen, "learned": learned, "activations": B * kept}
 
@@ -315,8 +321,10 @@ class VLM:
         if answers is not None and suffixed:
             options["suffix"] = answers
         elif answers is not None:
-            spaces = [" " * (not prompt[-1:].isspace()) for prompt in prompts]
-            texts = [p + s + a + tokenizer.eos_token for p, s, a in zip(prompts, spaces, answers)]
+            texts = []
+            for prompt, answer in zip(prompts, answers):
+                space = "" if prompt[-1:].isspace() else " "
+                texts.append(prompt + space + answer + tokenizer.eos_token)
         with one_line("the model's processor", "reading picture and text", cure=""):
             images = [[image] for image in images]
             inputs = self.processor(images=images, text=list(texts), **options)
@@ -441,7 +449,8 @@ class VLM:
                              "that is not known; give another model")
         mask = inputs["attention_mask"]
         positions = told.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
-        return {**told, "position_ids": positions.expand(*positions.shape[:-2], *mask.shape)}
+        told["position_ids"] = positions.expand(*positions.shape[:-2], *mask.shape)
+        return told
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -621,7 +630,8 @@ class Llava(VLM):
         """X (B, N, d_v): the vision encoder's chosen layers, class token dropped; no gradient."""
         tower = self.model.model.vision_tower
         hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        return torch.cat([hidden[i] for i in self.layers], -1)[:, self.first:]
+        X = torch.cat([hidden[i] for i in self.layers], -1)
+        return X[:, self.first:]
 
     def project(self, X):
         """The frozen projector, token by token: (B, N, d_v) -> (B, N, D)."""

@@ -95,7 +95,8 @@ class Scorer(nn.Module):
 
 # --- step 2: the ranking, what a token is worth beside the better ones ----------------------------
 
-C = 4.0  # how much likeness costs, in standard deviations of the scores; chosen on validation questions
+# how much likeness costs, in standard deviations of the scores; chosen on validation questions
+C = 4.0
 
 
 def standardised(scores):
@@ -187,7 +188,9 @@ class SoftTopK(torch.autograd.Function):
         logQ = torch.cat([below, edge], -1)
         # k = how many scores, put in the place of b, leave a sum of at most K (it falls as b grows)
         k = torch.arange(1, s.shape[-1] + 1, device=s.device)
-        at_r = k - 0.5 * (logP[..., 1:] + r).exp() + 0.5 * (logQ[..., 1:] - r).exp()
+        P_part = (logP[..., 1:] + r).exp()
+        Q_part = (logQ[..., 1:] - r).exp()
+        at_r = k - 0.5 * P_part + 0.5 * Q_part
         above_b = (at_r <= K) & ~r.isneginf()  # padding never is
         k = above_b.sum(-1, keepdim=True)
         logP = logP.gather(-1, k)
@@ -196,7 +199,8 @@ class SoftTopK(torch.autograd.Function):
         #     e^b = Q / (m + √(m² + PQ)) = (-m + √(m² + PQ)) / P
         m = K - k.double()
         PQ = (logP + logQ).exp()
-        root = (m.abs() + (m.square() + PQ).sqrt()).log()
+        sqrt = (m.square() + PQ).sqrt()
+        root = (m.abs() + sqrt).log()
         b = torch.where(m < 0, root - logP, 0.5 * (logQ - logP))
         b = torch.where(m > 0, logQ - root, b)
         x = s - b  # s_i/tau - b

@@ -19,11 +19,6 @@ QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=128000, rope_theta=1e6,
 RANDOM = {  # the published configurations, where they differ from the stock one of their class
     "llava-1.5-7b": dict(model_type="llava", text_config=VICUNA),
     "llava-next-7b": dict(model_type="llava_next", text_config=VICUNA),
-    "qwen2.5-vl-3b": dict(
-        model_type="qwen2_5_vl", tie_word_embeddings=True,
-        vision_config=dict(hidden_size=1280, out_hidden_size=2048, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
-                         num_key_value_heads=2, intermediate_size=11008, vocab_size=151936)),
     "qwen2.5-vl-7b": dict(
         model_type="qwen2_5_vl",
         vision_config=dict(hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
@@ -72,7 +67,8 @@ def pack(model, size):
     rows, columns = get_anyres_image_grid_shape(
         size.tolist(), config.image_grid_pinpoints, vision.image_size)
     patches = (vision.image_size // vision.patch_size) ** 2
-    numbers = torch.arange(patches * (1 + rows * columns)).double().view(-1, patches, 1)
+    numbers = torch.arange(patches * (1 + rows * columns))
+    numbers = numbers.double().view(-1, patches, 1)  # as features one wide
     if hasattr(config, "vision_aspect_ratio"):  # LLaVA-OneVision
         options = {"vision_aspect_ratio": config.vision_aspect_ratio}
     else:
@@ -97,8 +93,8 @@ def tokens_of_each(model, inputs):
 def cells(rows, columns):
     """(rows·columns, 4): x0, y0, x1, y1 of a grid's cells, row by row, as shares of the sides."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    corners = torch.stack([x, y, x + 1, y + 1], -1).view(-1, 4)
-    return corners / torch.tensor([columns, rows, columns, rows])
+    corners = torch.stack([x, y, x + 1, y + 1], -1)
+    return corners.view(-1, 4) / torch.tensor([columns, rows, columns, rows])
 
 
 def boxes(model, inputs, tokens=None):

@@ -157,11 +157,14 @@ def average_pooling(X, K):
     rows, columns = pooled_grid(N, K)
     patches = X[:, first:].float().mT.reshape(B, d, side, side)
     means = F.adaptive_avg_pool2d(patches, (rows, columns)).flatten(2).mT  # (B, K, d)
-    y = ((torch.arange(rows, device=X.device) + 0.5) * side / rows).long()
-    x = ((torch.arange(columns, device=X.device) + 0.5) * side / columns).long()
-    keep = (first + y[:, None] * side + x).flatten().expand(B, -1)  # (B, K)
-    pooled = X.scatter(1, keep[..., None].expand(-1, -1, d), means.to(X.dtype))
-    return pooled, keep
+    y = torch.arange(rows, device=X.device) + 0.5  # the cells' centres
+    x = torch.arange(columns, device=X.device) + 0.5
+    y = (y * side / rows).long()
+    x = (x * side / columns).long()
+    places = first + y[:, None] * side + x  # (rows, columns)
+    keep = places.flatten().expand(B, -1)  # (B, K)
+    index = keep[..., None].expand(-1, -1, d)
+    return X.scatter(1, index, means.to(X.dtype)), keep
 
 
 # --- the encoder's own attention ------------------------------------------------------------------
@@ -180,9 +183,12 @@ def cls_attention(vlm, inputs, hidden=None):
     attention = block.self_attn
     heads = (attention.num_heads, -1)
     x = block.layer_norm1(hidden)  # (B, 1 + patches, d)
-    q = attention.q_proj(x[:, :1]).unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
-    k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, heads, patches + 1, …)
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).float().softmax(-1)  # (B, heads, 1, 1 + patches)
+    q = attention.q_proj(x[:, :1])  # (B, 1, d): the class token asks
+    k = attention.k_proj(x)  # (B, 1 + patches, d)
+    q = q.unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
+    k = k.unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1 + patches, d / heads)
+    logits = q @ k.mT / q.shape[-1] ** 0.5  # (B, heads, 1, 1 + patches)
+    weights = logits.float().softmax(-1)
     return weights.mean(1)[:, 0, -vlm.tokens:]
 
 

@@ -86,7 +86,9 @@ class Graphs:
         self.slots = torch.arange(slots, device=vlm.model.device)
         self.caches = {}  # one for each batch size
         self.encode_pixels = self.recorded(lambda pixels: vlm.encode({"pixel_values": pixels}))
-        self.begin, self.read, self.go_on = map(kind, (self._begin, self._read, self._go_on))
+        self.begin = kind(self._begin)
+        self.read = kind(self._read)
+        self.go_on = kind(self._go_on)
 
     def __getattr__(self, name):
         return getattr(self.vlm, name)
@@ -167,7 +169,8 @@ class Graphs:
                 raise RuntimeError("the language model is told more than embeddings")
             embeds, *rows = sequence.values()
             embeds = F.pad(embeds, (0, 0, more, 0))
-            token, start, position = self.read(embeds, *(F.pad(row, (more, 0)) for row in rows))
+            rows = [F.pad(row, (more, 0)) for row in rows]
+            token, start, position = self.read(embeds, *rows)
         slot = self.slots[length + more:][:1]
         while True:
             yield token

@@ -116,7 +116,8 @@ def fingerprint(module):
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, t in module.state_dict().items():
-        some = t.flatten()[::max(1, t.numel() // 64)].float().cpu()
+        step = max(1, t.numel() // 64)
+        some = t.flatten()[::step].float().cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -163,7 +164,10 @@ def threshold_of(budget, settings, N):
 
 def by_budget(choose, budget):
     """choose(X, inputs) from a choose(X, inputs, K)."""
-    return lambda X, inputs: choose(X, inputs, budget.of(real_tokens(X, inputs.get("valid"))))
+    def by(X, inputs):
+        K = budget.of(real_tokens(X, inputs.get("valid")))
+        return choose(X, inputs, K)
+    return by
 
 
 def by_scores(vlm, scorer, ranking, budget, T=None):

@@ -36,7 +36,13 @@ class Run:
     def __init__(self, folder, settings, processes, resume=False, overwrite=False):
         self.folder, self.processes, self.start = folder, processes, time.time()
         self.checkpoint, self.tensors = folder / CHECKPOINT, None
-        self.state = {"step": 0, "curve": [], "skipped": [], "seconds": 0.0, "watched": []}
+        self.state = {
+            "step": 0,
+            "seconds": 0.0,
+            "curve": [],
+            "skipped": [],
+            "watched": [],
+        }
         if resume:
             self.tensors, state = read_checkpoint(self.checkpoint)
             self.state |= state

@@ -137,10 +137,11 @@ def find(name):
 
 
 def read_weights(source, dtype, attention, device_map):
-    """The model, if its safetensors are what config.json describes: what is missing would be random."""
+    """The model, if its safetensors are what config.json describes: what lacks would be random."""
     model, report = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, device_map=device_map, use_safetensors=True,
-        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        source, dtype=dtype, attn_implementation=attention, device_map=device_map,
+        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True)
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     for key, stored, described in sorted(report["mismatched_keys"]):
         wrong.append(f"{key} is {tuple(stored)} in the weights, {tuple(described)} in config.json")

@@ -126,7 +126,9 @@ def split(pairs, seed):
     items = list(pairs.items())
     n = min(200, max(1, len(items) // 20))
     order = torch.randperm(len(items), generator=generator(seed, "held out")).tolist()
-    return [items[i] for i in sorted(order[n:])], [items[i] for i in sorted(order[:n])]
+    training = [items[i] for i in sorted(order[n:])]
+    held_out = [items[i] for i in sorted(order[:n])]
+    return training, held_out
 
 
 def digest(path):

@@ -169,9 +169,10 @@ def seen_by_model(vlm, inputs, image):
     mean = torch.tensor(processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_std).view(3, 1, 1)
     pixels = inputs["pixel_values"][0].float().cpu() * std + mean  # (3, H, W)
-    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (H, W, 3)
-    H, W, _ = pixels.shape
-    return Image.frombytes("RGB", (W, H), pixels.contiguous().numpy().tobytes())
+    pixels = (255 * pixels.clamp(0, 1)).round().byte()
+    _, H, W = pixels.shape
+    content = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()  # (H, W, 3)
+    return Image.frombytes("RGB", (W, H), content)
 
 
 def chosen(N, tokens, value=1):
@@ -182,8 +183,9 @@ def chosen(N, tokens, value=1):
 def likeness(X, side):
     """A picture of the cosine similarities of the tokens X (M, d), side x side pixels."""
     x = F.normalize(X.float(), dim=-1)
-    cosine = ((x @ x.T).clamp(0, 1) * 255).byte().contiguous()  # (M, M)
-    grey = Image.frombytes("L", cosine.shape, cosine.numpy().tobytes())
+    cosine = (x @ x.T).clamp(0, 1)  # (M, M)
+    content = (255 * cosine).byte().numpy().tobytes()
+    grey = Image.frombytes("L", cosine.shape, content)
     grey = grey.resize((side, side), Image.Resampling.NEAREST)
     return ImageOps.colorize(grey, HEAT[0], HEAT[2], HEAT[1])
 
@@ -208,7 +210,8 @@ def sheet(image, boxes, scores, keep, X, question, answers, side=400):
         compared = torch.cat([top, bottom])
         colored = image.copy()
         for color, tokens in ((RED, top), (BLUE, bottom)):
-            colored.paste(color, (0, 0), mask(image.size, boxes, chosen(N, tokens, 150)))
+            places = mask(image.size, boxes, chosen(N, tokens, 150))
+            colored.paste(color, (0, 0), places)
         legend = [(RED, f"the {K} highest scores"), (BLUE, f"the {len(bottom)} lowest scores")]
         panels.append((colored, legend))
     legend = [(None, "their cosine similarity:"), *zip(HEAT, ("0", "0.5", "1"))]
@@ -224,7 +227,8 @@ def lay_out(words, panels, side):
     for text in words:
         lines += textwrap.wrap(text, 43 * len(panels), max_lines=2, placeholder=" …")
     top = 20 + 22 * len(lines)
-    paper = Image.new("RGB", (len(panels) * (side + 10) + 10, top + side + 40), "white")
+    width = len(panels) * (side + 10) + 10
+    paper = Image.new("RGB", (width, top + side + 40), "white")
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(15)
     pen.multiline_text((10, 10), "\n".join(lines), fill="black", font=font, spacing=6)
     for i, (panel, legend) in enumerate(panels):

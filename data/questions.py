@@ -94,7 +94,9 @@ def answer_file(path, rows, settings, answer, overwrite=False):
     otherwise, that another run writes, or that is something else, refused.
     """
     pictures = {image: digest(image) for image in {row["image"] for row in rows}}
-    lines = [answer_row(i, row, settings, pictures[row["image"]]) for i, row in enumerate(rows)]
+    lines = []
+    for i, row in enumerate(rows):
+        lines.append(answer_row(i, row, settings, pictures[row["image"]]))
     try:
         check_writable(path)
         with open(path, "a+b") as file:
@@ -189,9 +191,13 @@ def figures(answers, labels, yes_no=False):
     yes = [is_right(answer, "yes", yes_no) for answer in answers]
     true = ["yes" in accepted(label) for label in labels]
     hits = sum(y and t for y, t in zip(yes, true))
-    return {"accuracy": accuracy, "precision": hits / max(1, sum(yes)),
-            "recall": hits / max(1, sum(true)), "f1": 2 * hits / max(1, sum(yes) + sum(true)),
-            "yes": sum(yes) / len(yes)}
+    return {
+        "accuracy": accuracy,
+        "precision": hits / max(1, sum(yes)),
+        "recall": hits / max(1, sum(true)),
+        "f1": 2 * hits / max(1, sum(yes) + sum(true)),
+        "yes": sum(yes) / len(yes),
+    }
 
 
 def score(rows, answers):

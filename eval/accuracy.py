@@ -69,7 +69,8 @@ def right_or_wrong(vlm, rows, ways):
         pictures = [read_image(image, vlm.processor.image_processor) for image in images]
         views = vlm.inputs(pictures, ["?"] * len(pictures))
         X = vlm.encode(views)  # (pictures, N, d)
-        prompts = vlm.inputs([pictures[i] for i in number], [row["text"] for row in part])
+        texts = [row["text"] for row in part]
+        prompts = vlm.inputs([pictures[i] for i in number], texts)
         for name, choices in ways.items():
             marks, counts = [], []  # a list for each choice
             for choose in choices:
@@ -111,7 +112,8 @@ def bootstrap(pruned, full, rows, draws=1000):
     image = {name: i for i, name in enumerate(images)}
     right = torch.zeros(2, len(images), len(categories))  # right answers, pruned and full
     for row, *marks in zip(rows, pruned, full):
-        right[:, image[row["image"]], categories.index(row["category"])] += torch.tensor(marks)
+        category = categories.index(row["category"])
+        right[:, image[row["image"]], category] += torch.tensor(marks)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(images), (draws, len(images)), generator=generator)
     ones = torch.ones(drawn.shape)
@@ -122,6 +124,14 @@ def bootstrap(pruned, full, rows, draws=1000):
 
 
 # --- the table ------------------------------------------------------------------------------------
+
+def all_tokens(X, inputs):
+    return None
+
+
+def no_token(X, inputs):
+    return torch.full((len(X), 1), -1, device=X.device)
+
 
 def free_choices(vlm, budget, seeds, others=True):
     """{row: [choose, …]} of what learns nothing. Random has one choice for each seed."""
@@ -146,7 +156,7 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, 
     """
     choose = choose or settings["choose"]
     whole = f"all {vlm.tokens or ''}".strip()
-    ways = {whole: [lambda X, inputs: None]}
+    ways = {whole: [all_tokens]}
     for budget in budgets:
         rows_by = {"scorer" if scorer else choose: choose}
         if others and scorer and not budget.average:
@@ -155,7 +165,7 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, 
         for name, how in rows_by.items():
             ways[f"{name} {budget}"] = [chooser(vlm, scorer, settings, budget, choose=how)[0]]
         ways |= free_choices(vlm, budget.exact, seeds, others)
-    ways["blind"] = [lambda X, inputs: torch.full((len(X), 1), -1, device=X.device)]
+    ways["blind"] = [no_token]
 
     right, kept = right_or_wrong(vlm, rows, ways)
     table = accuracies(right, rows)

@@ -32,8 +32,8 @@ try:
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import make_table
 except (ImportError, RuntimeError) as e:
-    print(f"error: lmms-eval cannot be loaded ({short(e)}); pip install lmms-eval==0.7.3",
-          file=sys.stderr)
+    print(f"error: lmms-eval cannot be loaded ({short(e)}); pip install lmms-eval==0.7.3 "
+          "'filelock<4'", file=sys.stderr)
     sys.exit(2)
 
 MANIFEST = ModelManifest("diffprune", simple_class_path="eval.lmms.Pruned")
@@ -68,9 +68,12 @@ class Pruned(lmms):
 
     def batches(self, requests):
         """(numbers of requests, new tokens at most), alike in length, so that little is padding."""
-        # 128: as infer.py
-        limits = [request.args[1].get("max_new_tokens") or 128 for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (limits[i], len(requests[i].args[0])))
+        lengths, limits = [], []
+        for request in requests:
+            text, options, *_ = request.args
+            lengths.append(len(text))
+            limits.append(options.get("max_new_tokens") or 128)  # as infer.py's
+        order = sorted(range(len(requests)), key=lambda i: (limits[i], lengths[i]))
         while order:
             limit = limits[order[0]]
             part = [i for i in order[:self.batch] if limits[i] == limit]

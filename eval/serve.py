@@ -76,7 +76,7 @@ def width_of(config):
 
 
 def grids_of(config, data):
-    """(rows, columns) of visual tokens, of each picture in a processor's data; LLaVA has one row."""
+    """(rows, columns) of visual tokens of each picture in a processor's data; LLaVA has one row."""
     if config.model_type == "llava":
         return [(1, tokens_of(config))] * len(data.get("pixel_values", []))
     merge = config.vision_config.spatial_merge_size
@@ -390,7 +390,8 @@ def plugin(folder):
     (info / "entry_points.txt").write_text(entry)
     paths = [folder, str(ROOT)]
     sys.path[:0] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, before])
 
 
 def start(model, settings, flags):

@@ -38,7 +38,8 @@ def arrow(draw, *points):
 
 def box(draw, x, y, text, fill):
     """A box 220 x 100 with its centre at x, y."""
-    draw.rounded_rectangle((x - 110, y - 50, x + 110, y + 50), 16, fill, INK, 3)
+    corners = (x - 110, y - 50, x + 110, y + 50)
+    draw.rounded_rectangle(corners, 16, fill, INK, 3)
     label(draw, x, y, text, "mm")
 
 

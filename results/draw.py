@@ -123,8 +123,10 @@ def gate():
     panels = {"the scene": scene.picture}
     torch.manual_seed(0)
     for alpha in (1.0, 0.7, 0.3, 0.0):
-        X = vp_gate(scene.X, torch.full(scene.X.shape[:2], alpha), mean, L)[0]  # (N, d)
-        rgb = (128 + 55 * ((X - mean) @ top)).clamp(0, 255).byte()  # (N, 3)
+        alphas = torch.full(scene.X.shape[:2], alpha)  # (1, N)
+        X = vp_gate(scene.X, alphas, mean, L)[0]  # (N, d)
+        components = (X - mean) @ top  # (N, 3)
+        rgb = (128 + 55 * components).clamp(0, 255).byte()
         side = (vlm.side, vlm.side)
         panels[f"alpha = {alpha:g}"] = Image.frombytes("RGB", side, rgb.numpy().tobytes())
     image, draw = canvas(2340, 540)
@@ -155,7 +157,9 @@ PARTS = {  # name: (x of its centre, colour)
 def chain(draw, y, names):
     """Parts in a row, with arrows from each to the next."""
     for name, following in zip(names, names[1:]):
-        arrow(draw, (PARTS[name][0], y), (PARTS[following][0] - 110, y))
+        x, _ = PARTS[name]
+        next_x, _ = PARTS[following]
+        arrow(draw, (x, y), (next_x - 110, y))
     for name in names:
         x, color = PARTS[name]
         box(draw, x, y, name, color)

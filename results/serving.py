@@ -48,7 +48,8 @@ def throughput(llm, repeats=5):
     for repeat in range(1 + repeats):  # the first is the warm-up
         for keep, seconds in times.items():
             asked = []
-            for pixels in torch.randint(0, 256, (16, 192, 192, 3), dtype=torch.uint8):  # in no cache
+            pictures = torch.randint(0, 256, (16, 192, 192, 3), dtype=torch.uint8)  # in no cache
+            for pixels in pictures:
                 picture = {"image": Image.fromarray(pixels.numpy())}
                 asked.append({"prompt_token_ids": [1, 4, 13], "multi_modal_data": picture,
                               "mm_processor_kwargs": {"keep": keep}})
@@ -60,7 +61,7 @@ def throughput(llm, repeats=5):
 
 
 def table(times):
-    """The times as a study's table: median, the fastest and the slowest, and the ratio of medians."""
+    """The times as a study's table: medians, the fastest and the slowest, the medians' ratio."""
     rows, whole = {}, statistics.median(times["all"])
     for keep, seconds in times.items():
         median = statistics.median(seconds)

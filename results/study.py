@@ -31,7 +31,7 @@ from data.questions import read_questions
 from data.shapes.prepare import SPLITS, prepare
 from data.shapes.pretrain import scenes_to_learn
 from denoiser import Denoiser
-from eval.accuracy import accuracies, free_choices, retention, right_or_wrong
+from eval.accuracy import accuracies, all_tokens, free_choices, retention, right_or_wrong
 from eval.tables import budgets, check, save
 from model import add_device_arguments, load
 from results.report import report, section
@@ -40,7 +40,7 @@ from train import Parts, parse_arguments, train
 
 TINY, SHIPPED = "data/shapes/llava", ROOT / "data/shapes/pruner"
 RECIPE = ("keep", "choose", "steps", "batch", "lr", "seed", "eval_every", "dtype")
-WHOLE = {"all": [lambda X, inputs: None]}  # all tokens, as right_or_wrong takes a choice
+WHOLE = {"all": [all_tokens]}
 
 
 def embedded(split):
@@ -151,7 +151,8 @@ def ranking(args):
             for K in counts:
                 ways[name, seed, c, K] = choose_by(scorer, c, K)
             keep = ways[name, seed, c, 16](X, None).cpu()
-            on_objects[name, seed, c] = 100 * (lies_on.gather(1, keep) == 2).float().mean().item()
+            on_object = lies_on.gather(1, keep) == 2
+            on_objects[name, seed, c] = 100 * on_object.float().mean().item()
     kept = retained(vlm, rows, ways)
     table = {}
     for name, training in names.items():
@@ -213,7 +214,10 @@ def last_steps(folders):
 
 # --- studies that look ----------------------------------------------------------------------------
 
-REAL = {"random": {48: 97.3, 32: 93.6, 16: 86.9}, "diversity": {48: 99.6, 32: 99.2, 16: 97.3}}
+REAL = {
+    "random": {48: 97.3, 32: 93.6, 16: 86.9},
+    "diversity": {48: 99.6, 32: 99.2, 16: 97.3},
+}
 
 
 def fidelity(args):
@@ -271,9 +275,9 @@ def positions(args):
 
 
 def scenes_and_labels(vlm, split):
-    """(X (scenes, N, d), what each token lies on (scenes, N)): 0 background, 1 a stranger, 2 an object.
+    """(X (scenes, N, d), what each token lies on (scenes, N)).
 
-    A stranger is a thing that no text speaks of.
+    0: background; 1: a stranger, a thing that no text speaks of; 2: an object.
     """
     pixels, _, labels = scenes_to_learn(SPLITS[split], vlm.processor.image_processor, split)
     X = vlm.encode({"pixel_values": pixels.float().to(vlm.model.device)}).float()
@@ -327,8 +331,8 @@ def main():
         help="ablations: seeds of Gumbel, scale gate and global denoiser (default: as --seeds)")
     add("--keep", nargs="+", metavar="K",
         help="ablations: the budgets (default: 48 32 16 8 4 ~16 ~8)")
-    add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR", help="folder of the trained "
-        "runs; what is in it is not trained again (default: out/study)")
+    add("--runs", type=Path, default=ROOT / "out/study", metavar="DIR",
+        help="folder of the trained runs; what is in it is not trained again (default: out/study)")
     add("--to", type=Path, default=ROOT / "results", metavar="DIR",
         help="folder that the JSON file is written to (default: results)")
     add_device_arguments(ap)
