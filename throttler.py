@@ -137,11 +137,11 @@ def distinct(scores, X, c=C):
     return z - c * said
 
 
-def check_count(scores, K, least):
+def check_count(ranking, K, least):
     """ValueError unless each row's K lies between `least` and its tokens."""
-    N = scores.shape[-1]
+    N = ranking.shape[-1]
     if torch.is_tensor(K):
-        N = (~scores.isneginf()).sum(-1)
+        N = (~ranking.isneginf()).sum(-1)
     if not torch.as_tensor((least <= K) & (K <= N)).all():
         raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
 
@@ -167,15 +167,15 @@ def select(ranking, K):
 # --- step 3: weights that sum to the budget -------------------------------------------------------
 
 class SoftTopK(torch.autograd.Function):
-    """alpha_i = F(s_i/tau - b), F the Laplace CDF, b the one shift that makes alpha sum to K.
+    """alpha_i = F(d_i/tau - b), F the Laplace CDF, b the one shift that makes alpha sum to K.
 
     LapSum (Struski et al., arXiv 2503.06242): closed form after one sort, and so is the gradient.
     In float64 inside.
     """
 
     @staticmethod
-    def forward(ctx, scores, K, tau):
-        s = scores.double() / tau  # (..., N)
+    def forward(ctx, ranking, K, tau):
+        s = ranking.double() / tau  # (..., N), s_i = d_i/tau
         if torch.is_tensor(K):
             K = K.unsqueeze(-1)  # (..., 1), a budget for each row
         r = s.sort(dim=-1, descending=True).values
@@ -203,39 +203,39 @@ class SoftTopK(torch.autograd.Function):
         root = (m.abs() + sqrt).log()
         b = torch.where(m < 0, root - logP, 0.5 * (logQ - logP))
         b = torch.where(m > 0, logQ - root, b)
-        x = s - b  # s_i/tau - b
+        x = s - b  # d_i/tau - b
         left = 0.5 * x.clamp(max=0).exp()
         right = 1 - 0.5 * (-x).clamp(max=0).exp()
         alpha = torch.where(x < 0, left, right)  # F(x)
         alpha = alpha.masked_fill(s.isneginf(), 0)
         ctx.save_for_backward(alpha)
         ctx.tau = tau
-        return alpha.to(scores.dtype)
+        return alpha.to(ranking.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         alpha, = ctx.saved_tensors
-        f = torch.minimum(alpha, 1 - alpha)  # the Laplace density at s/tau - b
-        q = f / f.sum(-1, keepdim=True).clamp_min(1e-300)  # softmax(-|s/tau - b|)
+        f = torch.minimum(alpha, 1 - alpha)  # the Laplace density at d/tau - b
+        q = f / f.sum(-1, keepdim=True).clamp_min(1e-300)  # softmax(-|d/tau - b|)
         g = grad.double()
-        # ∂L/∂s_i = (1/τ)·f_i·(g_i - Σ_j q_j g_j)
+        # ∂L/∂d_i = (1/τ)·f_i·(g_i - Σ_j q_j g_j)
         expected = (q * g).sum(-1, keepdim=True)
-        ds = f * (g - expected) / ctx.tau
-        return ds.to(grad.dtype), None, None
+        slope = f * (g - expected) / ctx.tau
+        return slope.to(grad.dtype), None, None
 
 
-def soft_top_k(scores, K, tau=1.0):
-    """Weights alpha in [0, 1] that sum to K, (..., N) -> (..., N), in the type of `scores`.
+def soft_top_k(ranking, K, tau=1.0):
+    """Weights alpha in [0, 1] that sum to K, (..., N) -> (..., N), in the type of the ranking d.
 
-    Differentiable, monotone, unchanged when all scores shift; tau -> 0 makes it the hard top-K. A
-    score of -inf (padding) gets 0. K is a number from 0 to N, or a tensor (...,) with one for each
+    Differentiable, monotone, unchanged when all of d shifts; tau -> 0 makes it the hard top-K.
+    Padding, a d of -inf, gets 0. K is a number from 0 to N, or a tensor (...,) with one for each
     row; ValueError otherwise.
     """
-    check_count(scores, K, 0)
+    check_count(ranking, K, 0)
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
-    return SoftTopK.apply(scores, K, tau)
+    return SoftTopK.apply(ranking, K, tau)
 
 
 # --- step 4: a gate of noise ----------------------------------------------------------------------

@@ -43,7 +43,7 @@ from model import DTYPES, add_device_arguments, load, number_type
 from throttler import Scorer, distinct, select, soft_top_k, vp_gate, whitening
 
 PROMPT = "Describe the image."
-SPARSE = 5  # while tau falls no scorer is kept: evaluations are this many times rarer
+SPARSE = 5  # while tau falls, evaluations are this many times rarer
 
 
 # --- the method -----------------------------------------------------------------------------------
@@ -229,9 +229,9 @@ class Batches:
 
     def load(self, data, *ranges, unreadable=None):
         """(sample numbers, inputs), piece by piece, for these ranges of samples of `data`."""
-        pieces = []
+        pieces, n = [], self.at_once
         for samples in ranges:
-            pieces += [samples[i:i + self.at_once] for i in range(0, len(samples), self.at_once)]
+            pieces += [samples[i:i + n] for i in range(0, len(samples), n)]
         if unreadable is None:
             unreadable = set()
         loaded = load_batches(self.vlm, data, pieces, PROMPT, self.args.workers, unreadable)
@@ -280,9 +280,7 @@ def train(args, parts=Parts()):
     graph = (vlm, *modules.values(), (mean, L))
 
     # this process's part of every step that is left, and of every evaluation
-    steps = [range(step * args.batch, (step + 1) * args.batch) for step in range(args.steps)]
-    samples = [processes.share(step) for step in steps[run.step:]]
-    stream = batches.with_noise(Captions(training, args.seed), *samples, unreadable=run.skipped)
+    stream = training_stream(args, processes, run, batches, training)
     unseen_samples = processes.share(range(len(held_out)), even=args.shard)
     watched = watched_batches(args, batches)
 
@@ -315,8 +313,7 @@ def train(args, parts=Parts()):
         optimizer.zero_grad(set_to_none=True)
 
         # now and then: evaluate on the deployed path, log, keep the best scorer
-        every = args.eval_every if tau == temperature(1) else SPARSE * args.eval_every
-        if step % every == 0 or step == args.steps - 1:
+        if is_evaluated(step, args):
             unseen = batches.with_noise(Captions(held_out), unseen_samples)
             full = run.curve[0]["full_loss"] if run.curve else None
             losses = held_out_losses(graph, unseen, budget, tau, processes, parts, full)
@@ -329,6 +326,23 @@ def train(args, parts=Parts()):
 
     if processes.first:
         return finish(run, args, vlm, modules["scorer"], budget, batches, held_out, questions)
+
+
+def is_evaluated(step, args):
+    """Whether the scorer is evaluated after this step: seldom while tau falls, as none is kept."""
+    every = args.eval_every
+    if temperature(step / args.steps) > temperature(1):
+        every *= SPARSE
+    return step % every == 0 or step == args.steps - 1
+
+
+def training_stream(args, processes, run, batches, training):
+    """(inputs, noise), piece by piece: this process's part of every step that is left."""
+    samples = []
+    for step in range(run.step, args.steps):
+        first = step * args.batch
+        samples.append(processes.share(range(first, first + args.batch)))
+    return batches.with_noise(Captions(training, args.seed), *samples, unreadable=run.skipped)
 
 
 def watched_batches(args, batches):
@@ -353,7 +367,8 @@ def finish(run, args, vlm, scorer, budget, batches, held_out, questions):
     All of it by the best scorer, not by the last one.
     """
     scorer.load_state_dict(load_file(args.out / "scorer.safetensors"))
-    unseen = (inputs for _, inputs in batches.load(Captions(held_out), range(len(held_out))))
+    pieces = batches.load(Captions(held_out), range(len(held_out)))
+    unseen = (inputs for _, inputs in pieces)
     pruner = {
         "model": portable(args.model),
         "width": vlm.width,

@@ -189,6 +189,23 @@ class Captions(Dataset):
                          "--images")
 
 
+def worker_options(workers):
+    """What a DataLoader needs for processes that share the model's memory, for its processor.
+
+    They never touch the GPU. OSError if there is no room for them.
+    """
+    context = get_context("fork")
+    # as many semaphores as a DataLoader makes, freed at once: one without room ends untidily
+    [context.Semaphore() for _ in range(8 + 3 * workers)]
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": context,
+        "timeout": WAIT,
+        # a process group of their own: a Ctrl-C is for the main process, which ends its step
+        "worker_init_fn": lambda worker: os.setpgid(0, 0),
+    }
+
+
 def load_batches(vlm, data, batches, prompt, workers, skipped):
     """For each list of sample numbers: (the list, the VLM's inputs, how many pictures could not be
     read).
@@ -215,17 +232,8 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
 
     if sys.platform != "linux":  # forked processes are safe there alone
         workers = 0
-    options = {}
     try:
-        if workers:
-            # they share the model's memory (for its processor), and never touch the GPU
-            context = get_context("fork")
-            # a process group of their own: a Ctrl-C is for the main process, which ends its step
-            options = dict(num_workers=workers, multiprocessing_context=context, timeout=WAIT,
-                           worker_init_fn=lambda worker: os.setpgid(0, 0))
-            # as many as a DataLoader needs: one that finds no room for them ends untidily
-            semaphores = [context.Semaphore() for _ in range(8 + 3 * workers)]
-            del semaphores
+        options = worker_options(workers) if workers else {}
         for batch in DataLoader(data, batch_sampler=batches, collate_fn=collate, **options):
             if workers:
                 batch = torch.load(io.BytesIO(batch), weights_only=True)
