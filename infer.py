@@ -38,7 +38,8 @@ from common.budget import Budget
 from common.criteria import UNTRAINED
 from common.files import InputError, check_place, cli, portable, write
 from common.graphs import CACHE, Graphs
-from common.pruner import RANKINGS, chooser, default_pruner, fingerprint, load_pruner
+from common.pruner import (RANKINGS, check_average, chooser, default_pruner, fingerprint,
+                           load_pruner)
 from data.pictures import read_image, seen_by_model, sheet
 from data.questions import answer_file, read_questions, score
 from model import DTYPES, add_device_arguments, load, number_type
@@ -84,11 +85,11 @@ def add_question_arguments(parser, batch=16):
         help="questions at a time (default: %(default)s)")
 
 
-def load_pruned(args):
+def load_pruned(args, budgets=(), T=None):
     """(vlm, scorer, settings) by those arguments; scorer is None where a criterion chooses.
 
     Never the pruner of another model, unless --pruner names it. InputError if they do not fit each
-    other.
+    other, or a budget or threshold T, which is found before the model is loaded.
     """
     folder, why = args.pruner, "by --pruner"
     without = str(folder) == "none"
@@ -119,6 +120,8 @@ def load_pruned(args):
             print(f"warning: this pruner was trained for {settings['model']}; of another model's "
                   "tokens it knows nothing", file=sys.stderr)
 
+    for budget in budgets:
+        check_average(budget, T, args.choose or settings["choose"], settings)
     vlm = load(name, args.device, DTYPES[number_type(args)])
     if scorer:
         if vlm.width != settings["width"]:
@@ -362,7 +365,7 @@ def main():
         rows = read_questions(args.questions, args.images, need=("question_id", "image", "text"))
     else:
         image = read_image(sys.stdin.buffer if args.image == "-" else args.image)
-    vlm, scorer, settings = load_pruned(args)
+    vlm, scorer, settings = load_pruned(args, [budget], args.threshold)
     if args.graphs:
         vlm = Graphs(vlm)
     choose, by = chooser(vlm, scorer, settings, budget, args.threshold, args.choose)

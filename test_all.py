@@ -3678,6 +3678,17 @@ def test_what_needs_a_pruner_is_refused_without_one(model_names, tmp_path, monke
     complaint(words, infer_once, *none, "--threshold", "1")
 
 
+def test_a_choice_without_thresholds_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(infer, "load", None)
+    shipped = ("--pruner", ROOT / "data/shapes/pruner")
+    complaint("need the thresholds", infer_once, *shipped, "--choose", "DPP", "--keep", "~16")
+    complaint("need the thresholds", infer_once, *shipped, "--choose", "DPP", "--threshold", "1")
+    complaint("for --choose distinct", infer_once, *shipped, "--choose", "top", "--keep", "~16")
+    on_scenes = (accuracy.main, "--questions", drawn(tmp_path), *shipped)
+    complaint("need the thresholds", run, *on_scenes, "--choose", "norm", "--keep", "9", "~16")
+    complaint("no budget", run, *on_scenes, "--keep", "9", "nine")
+
+
 def test_the_scorer_runs_in_half_precision_on_a_gpu_alone(monkeypatch):
     def dtype_of_the_scorer():
         _, scorer, *_ = infer.load_pruned(args)

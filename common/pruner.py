@@ -188,6 +188,17 @@ def by_scores(vlm, scorer, ranking, budget, T=None):
     return choose
 
 
+def check_average(budget, T, choose, settings):
+    """InputError unless the pruner has thresholds for the choice, where a budget or T needs them."""
+    average = budget and budget.average
+    if choose not in RANKINGS and (average or T is not None):
+        raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of "
+                         "a trained pruner; give a number without ~")
+    if T is None and average and choose != settings["choose"]:
+        raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose "
+                         f"{settings['choose']}; give a number without ~")
+
+
 def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """(choose, by): choose(X, inputs) -> keep (B, K), or None for all tokens; by: a record of how.
 
@@ -197,6 +208,7 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """
     choose = choose or settings["choose"]
     budget = budget or Budget.parse(settings["keep"])
+    check_average(budget, T, choose, settings)
     by = {"threshold": T, "choose": choose}
     if T is None:
         by = {"keep": str(budget), "choose": choose}
@@ -211,13 +223,7 @@ def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
             others = ", ".join(name for name in UNTRAINED if name in fitting)
             raise InputError(f"--choose {choose}: {vlm.name} has no square grid of tokens, or no "
                              f"class token, for it; choose by {others}")
-        if T is not None or budget.average:
-            raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of "
-                             "a trained pruner; give a number without ~")
         return by_budget(fitting[choose], budget), by
     if T is None and budget.average:
-        if choose != settings["choose"]:
-            raise InputError(f"--keep {budget}: the thresholds of this pruner are for --choose "
-                             f"{settings['choose']}; give a number without ~")
         T = threshold_of(budget, settings, vlm.tokens)
     return by_scores(vlm, scorer, RANKINGS[choose], budget, T), by

@@ -203,7 +203,7 @@ def main():
     args = parser.parse_args()
     check(args, "seeds")
     rows = read_questions(args.questions or prepare() / "test.jsonl", args.images)
-    vlm, scorer, settings = load_pruned(args)
+    vlm, scorer, settings = load_pruned(args, budgets(args.keep))
     for row in rows:
         vlm.check_text(row["text"], row["where"])
     table = accuracy_table(vlm, scorer, settings, rows, budgets(args.keep, vlm), args.seeds,

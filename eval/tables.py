@@ -93,13 +93,13 @@ def check(args, *names):
                              "another name")
 
 
-def budgets(texts, vlm):
-    """Budgets of --keep; counts where the model's number of tokens is fixed."""
+def budgets(texts, vlm=None):
+    """Budgets of --keep; counts where a model with a fixed number of tokens is given."""
     try:
         parsed = [Budget.parse(text) for text in texts]
     except ValueError as e:
         raise InputError(f"--keep: {e}") from None
-    if vlm.tokens is None:
+    if vlm is None or vlm.tokens is None:
         return parsed
     counts = [Budget(budget.of(vlm.tokens), average=budget.average) for budget in parsed]
     if any(budget.count and budget.count > vlm.tokens for budget in parsed):
