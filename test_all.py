@@ -1279,6 +1279,7 @@ def test_a_run_writes_over_no_file_of_the_users(tmp_path, tiny):
     ("train --watch a.jpg", "a.jpg"),
     ("train --data no.json", "no.json"),
     ("train --model ./no/such", "no/such"),
+    ("train --model ''", "^model '': no such"),
     ("train --out LICENSE", "--out"),
     ("train --device meta", "random:"),
     ("train --model random:llava-1.5-7b", "for bench.py"),
@@ -4513,6 +4514,7 @@ def test_what_cannot_be_served_is_refused_and_the_rest_is_vllms(monkeypatch, tmp
                         "--keep '0' is no budget": (TINY, "--keep", 0),
                         "1 or more": (TINY, "--keep", 16, *asked, tmp_path / "a.jsonl", "--batch", 0),
                         "file that is read": (TINY, "--keep", 16, *asked, tmp_path / "q.jsonl", "--overwrite"),
+                        "^model '': no such": ("",),
                         "--hf-overrides": (TINY, "--keep", 16, "--hf-overrides={}")}.items():
         complaint(words, run, serve.main, *argv)
     config = json.loads((TINY / "config.json").read_text())

@@ -38,6 +38,7 @@ PALIGEMMA = ("{% for message in messages %}{% for part in message['content'] %}"
 @contextmanager
 def one_line(name, step, cure=CURE):
     """Whatever goes wrong inside is an InputError of one line that begins with the model's name."""
+    name = name or "model ''"
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -120,7 +121,7 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
 
 def find(name):
     """The folder of that name, or the hub name as it is. InputError if neither, or not whole."""
-    folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
+    folder = next((path for path in (Path(name), ROOT / name) if name and path.is_dir()), None)
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError("no such model folder; give one in transformers' format or a hub name "
                          "(owner/model)")
