@@ -4018,6 +4018,21 @@ def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch,
     assert (low, high) == pytest.approx((90 - half_width, 90 + half_width), abs=0.3)
 
 
+def test_a_report_names_a_broken_file_and_is_made_of_the_others(tmp_path):
+    from results import study
+    made = (study.main, "report", "--to", tmp_path)
+    for path in (ROOT / "results").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    broken = tmp_path / "accuracy.json"
+    for content in ("{", "[]", "{}", '{"accuracy": {}}', '{"accuracy": 3}'):
+        broken.write_text(content)
+        complaint("accuracy.json: holds no", run, *made)
+    assert not (tmp_path / "RESULTS.md").exists()
+    broken.unlink()
+    run(*made)
+    assert "not measured" in (tmp_path / "RESULTS.md").read_text()
+
+
 @pytest.mark.parametrize("name", [
     "eval.accuracy", "eval.lmms", "eval.serve", "results.study", "results.draw"])
 def test_a_script_in_a_folder_says_how_to_start_it(name):

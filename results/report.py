@@ -7,6 +7,7 @@ import json
 import re
 
 from bench import tables
+from common.files import InputError, short
 from eval.accuracy import retention
 from eval.tables import made_by, markdown, spread
 
@@ -67,11 +68,15 @@ def section(folder, name):
     """What the files of this name say, in Markdown, or "not measured"."""
     parts = []
     for path in sorted(folder.glob(f"{name}.json")):
-        file = json.loads(path.read_text(encoding="utf-8"))
         kind = path.stem.partition("_")[0]
-        measured = file["speed" if OTHERS.get(kind) is speed else kind]
-        parts += OTHERS.get(kind, study)(measured)
-        parts.append(made_by(file))
+        try:
+            file = json.loads(path.read_text(encoding="utf-8"))
+            measured = file["speed" if OTHERS.get(kind) is speed else kind]
+            parts += OTHERS.get(kind, study)(measured)
+            parts.append(made_by(file))
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as e:
+            raise InputError(f"{path}: holds no such measurements ({short(repr(e))}); make it "
+                             "again, or take it away") from None
     return "\n\n".join(parts) or "not measured"
 
 

@@ -339,10 +339,10 @@ def main():
     args = ap.parse_args()
     if not args.to.is_dir():
         raise InputError(f"--to {args.to}: there is no such folder; make it first")
-    args.json = args.to / f"{args.study}.json"
-    check(args, "seeds", "steps")
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")
+    args.json = args.to / f"{args.study}.json"
+    check(args, "seeds", "steps")
     save(args.json, "python -m results.study", {args.study: STUDIES[args.study](args)})
     print(section(args.to, args.study))
 
