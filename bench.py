@@ -381,6 +381,9 @@ def parse_arguments():
     add_device_arguments(ap)
     args = ap.parse_args()
     check(args, "text", "repeats", "training")
+    if any(budget.average for budget in budgets(args.keep)):
+        raise InputError(f"--keep {' '.join(args.keep)}: a timing keeps exactly as many in each "
+                         "picture; leave ~ out")
     if min(*args.batch, *args.words) < 1:
         raise InputError("--batch and --words must be 1 or more")
     on_gpu = args.device.startswith("cuda")

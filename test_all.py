@@ -1299,6 +1299,7 @@ def test_a_run_writes_over_no_file_of_the_users(tmp_path, tiny):
     ("infer PICTURE 'a <image>' --keep 9", "<image>"),
     ("infer --questions q --answers a.json", "ends in .jsonl"),
     ("bench --keep 0", "--keep"),
+    ("bench --keep 9 ~16", "9 ~16: .*leave ~ out"),
     ("bench --count", "leave --model out"),
     ("bench --json /no/x.json", "--json"),
 ])
