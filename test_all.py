@@ -1229,7 +1229,8 @@ def test_a_run_is_not_lost_to_another_or_to_a_full_disk(tmp_path, tiny):
     for option, value in (
         ("--keep", 19), ("--seed", 1), ("--batch", 5), ("--lr", 1), ("--steps", 2),
         ("--choose", "top"), ("--dtype", "bfloat16"), ("--watch", PICTURE),
-        ("--data", same_captions), ("--images", same_pictures), ("--model", "another"),
+        ("--eval-every", 1), ("--data", same_captions), ("--images", same_pictures),
+        ("--model", "another"),
     ):
         complaint(f"^{option}", tiny, "--steps", 1, "--resume", option, value)
     with open(out / ".lock") as lock:

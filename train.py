@@ -176,7 +176,7 @@ def read_data(args, processes):
 
 def settings_of(args):
     """All that determines the outcome of a run, for pruner.json and --resume."""
-    names = ("choose", "steps", "batch", "lr", "seed", "dtype", "watch")
+    names = ("choose", "steps", "batch", "lr", "seed", "dtype", "watch", "eval_every")
     settings = {name: getattr(args, name) for name in names}
     return settings | {"data": portable(args.data or FOLDER / "train.json"),
                        "images": args.images and portable(args.images),
