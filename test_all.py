@@ -4579,6 +4579,10 @@ def test_an_engine_is_asked_as_infer_asks_and_its_answers_keep_their_order(vlm, 
     for text in ("a <image>", "star " * 900, "\ud800"):
         row = {"text": text, "where": "q.jsonl: line 1"}
         complaint("^q.jsonl: line 1: ", serve.prompt_of, row, vlm.processor, config, 9)
+    monkeypatch.setattr(serve, "start", None)  # a fault is found before the engine starts
+    files.write(tmp_path / "bad.jsonl", [question(), question(text="a <image>")])
+    args = SimpleNamespace(questions=tmp_path / "bad.jsonl", images=PICTURES, model=TINY, max_new_tokens=9)
+    complaint("bad.jsonl: line 2: ", serve.answer_questions, args, TINY, config, {}, [])
 
 
 # vLLM's own part: a server for each family, asked over HTTP as anybody would, against stock transformers

@@ -451,6 +451,8 @@ def answer_questions(args, model, config, settings, flags):
         processor = read_processor(model, config.model_type)
         tokenizer = processor.tokenizer
         tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    for row in rows:
+        prompt_of(row, processor, config, args.max_new_tokens)  # a fault is found before the start
     llm = start(model, settings, flags)
     pruner = settings["pruner"] and fingerprint(load_pruner(settings["pruner"])[0])
     made = {"model": portable(args.model), "pruner": pruner, "choose": settings["choose"],
