@@ -2965,6 +2965,8 @@ def test_missing_permissions_are_named_before_any_work(locked_folder):
         place = "--answers", new, unreadable, (".jsonl",)
         complaint("no file may be made", files.check_place, *place)
         complaint("cannot be written", files.write, new, [])
+        shapes.FOLDER = locked_folder  # of a checkout that somebody else owns
+        complaint("train/00000.jpg.*allow writing there", shapes.prepare, {"train": 1})
         complaint("cannot be written", questions.answer_file, old, [], {"model": ""}, None)
         run_folder = locked_folder / "run"
         complaint("--out .* cannot be written", running.Run, run_folder, {}, Processes("cpu"))

@@ -168,8 +168,8 @@ def write(path, content, note=None):
             os.fsync(file.fileno())
         temporary.replace(place)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({short(e)}); make room there or give another "
-                         "place") from None
+        raise InputError(f"{path}: cannot be written ({short(e)}); make room there, allow "
+                         "writing there, or give another place") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
