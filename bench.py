@@ -416,12 +416,12 @@ def main():
         rows = measure(vlm, args, counts)
         if "llava-1.5-7b" in name:
             rows += PUBLISHED
-    made = {"model": name, "text": args.text, "unit": unit, "rows": rows}
+    speed = {"model": name, "text": args.text, "unit": unit, "rows": rows}
     print(f"{name}, {args.text} text tokens: {unit}")
     for title, columns, lines in tables(rows):
         show(f"\n{title}", columns, lines)
     if args.json:
-        save(args.json, "python bench.py", {"speed": made})
+        save(args.json, "python bench.py", {"speed": speed})
 
 
 if __name__ == "__main__":

@@ -119,9 +119,9 @@ def take(value, name, order):
     return value.gather(-1, order.expand(*value.shape[:-1], short))
 
 
-def has_masks(told):
+def has_masks(llm_inputs):
     """Whether the stock model makes masks of its own: (B, 1, L, L), or a dict of such."""
-    mask = told.get("attention_mask")
+    mask = llm_inputs.get("attention_mask")
     return isinstance(mask, dict) or torch.is_tensor(mask) and mask.dim() == 4
 
 
@@ -147,8 +147,8 @@ class VLM:
 
     width: d_v, the LLM's times `levels`: 1, and those that deepstack adds in later layers.
     tokens: N, or None where it varies by the picture. image_id: the placeholder's token id.
-    context: the longest sequence in which no window hides a token. form: tokens of a prompt beside
-    picture and question. exact: pruning equals masking. decoder: the LLM without its head.
+    context: the longest sequence in which no window hides a token. chat_tokens: those of a prompt
+    beside picture and question. exact: pruning equals masking. decoder: the LLM without its head.
     """
 
     def __init__(self, model, processor, name):
@@ -162,7 +162,7 @@ class VLM:
             raise InputError("its class has no token that stands for a picture, or no language "
                              "model of its own; give another model")
         self.tokens = None
-        self.form = 0
+        self.chat_tokens = 0
         vision = getattr(config, "vision_config", None)
         self.levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
         self.width = text.hidden_size * self.levels
@@ -207,7 +207,7 @@ class VLM:
         inputs = self.inputs([grey], ["?"])
         X = self.encode(inputs)  # (1, N, d_v)
         text = (inputs["input_ids"] != self.image_id).sum().item()
-        self.form = text - len(self.processor.tokenizer("?").input_ids)
+        self.chat_tokens = text - len(self.processor.tokenizer("?").input_ids)
         first = torch.zeros(1, 1, dtype=torch.long, device=X.device)
         self.generate(inputs, X, first, max_new_tokens=1)
 
@@ -355,7 +355,7 @@ class VLM:
         except UnicodeEncodeError:
             raise InputError(f"{where} has half a character in it (a lone surrogate); take it "
                              "out") from None
-        room = self.context - self.form - (self.tokens or 0)
+        room = self.context - self.chat_tokens - (self.tokens or 0)
         if size > room and len(self.processor.tokenizer(text).input_ids) > room:
             raise InputError(f"{where} is longer than the {room} tokens left in the model's "
                              f"{self.limit}; shorten it")
@@ -424,40 +424,40 @@ class VLM:
         inputs_embeds (B, L, D) and position_ids (…, B, L) are among it. Without pixels, what is at
         the picture's places means nothing. InputError if it tells what cannot be pruned.
         """
-        def stop(module, args, told):
-            raise Heard(told)
+        def stop(module, args, llm_inputs):
+            raise Heard(llm_inputs)
 
-        told = {}
+        llm_inputs = {}
         hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(**self.model_inputs(inputs) | changes, use_cache=False)
         except Heard as heard:
-            told, = heard.args
+            llm_inputs, = heard.args
         except (ValueError, IndexError) as e:  # the stock model compares places and tokens, too
             raise InputError(f"the model cannot read picture and prompt ({short(e)}); mend the "
                              "processor's files by config.json") from None
         finally:
             hook.remove()
-        if told.get("inputs_embeds") is None:
+        if llm_inputs.get("inputs_embeds") is None:
             raise InputError("its class gives the language model no embeddings with the picture in "
                              "them; give another model")
         kinds = torch.Tensor, dict, list, tuple
-        told = {name: value for name, value in told.items() if isinstance(value, kinds)}
-        told.pop("cache_position", None)
-        for name in told.keys() - ROWS - PLACES - {DEEP}:
+        llm_inputs = {name: value for name, value in llm_inputs.items() if isinstance(value, kinds)}
+        llm_inputs.pop("cache_position", None)
+        for name in llm_inputs.keys() - ROWS - PLACES - {DEEP}:
             raise InputError(f"its class tells the language model {name}, too, and how to prune "
                              "that is not known; give another model")
         mask = inputs["attention_mask"]
-        positions = told.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
-        told["position_ids"] = positions.expand(*positions.shape[:-2], *mask.shape)
-        return told
+        positions = llm_inputs.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
+        llm_inputs["position_ids"] = positions.expand(*positions.shape[:-2], *mask.shape)
+        return llm_inputs
 
     @torch.no_grad()
     def encode(self, inputs):
         """X (B, N, d_v): what stands at the picture's places, and what deepstack adds there."""
-        told = self.hear(inputs)
-        X = told["inputs_embeds"][self.visual(inputs)]  # (tokens of all rows, D)
-        X = torch.cat([X, *told.get(DEEP, [])], -1)  # (tokens of all rows, d_v)
+        llm_inputs = self.hear(inputs)
+        X = llm_inputs["inputs_embeds"][self.visual(inputs)]  # (tokens of all rows, D)
+        X = torch.cat([X, *llm_inputs.get(DEEP, [])], -1)  # (tokens of all rows, d_v)
         if "valid" not in inputs:
             return X.view(len(inputs["input_ids"]), -1, self.width)
         valid = inputs["valid"]
@@ -481,25 +481,25 @@ class VLM:
             position   0   1   2   3    4                          0   1   3    4
 
         -1 in keep stands for no token, at the left of those of an image that keeps fewer than K.
-        What the LLM is told beside that, in some classes, is under "told"; see telling().
+        What the LLM is told beside that, in some classes, is under "extra"; see telling().
         """
         shown = inputs["attention_mask"].bool()  # (B, L), what the LLM is to see
         visual, first = self.visual(inputs), 0  # (B, L)
         if keep is not None:
             shown = shown & (at_places(is_kept(keep, X.shape[1]), visual) | ~visual)
-        told = self.hear_text(inputs, None if keep is None else shown)
-        told |= {"shown": shown, "visual": visual & shown}
-        told |= {name: inputs[name] for name in ("input_ids", "labels") if name in inputs}
+        llm_inputs = self.hear_text(inputs, None if keep is None else shown)
+        llm_inputs |= {"shown": shown, "visual": visual & shown}
+        llm_inputs |= {name: inputs[name] for name in ("input_ids", "labels") if name in inputs}
         if keep is not None:
             # a stable sort brings what is dropped to the left, beside the padding; else order stays
             dropped = X.shape[1] - keep.shape[1]
             if "valid" in inputs:
                 dropped = (~shown).sum(1).min()
             order = shown.int().argsort(dim=1, stable=True)[:, dropped:]  # (B, L')
-            told = {name: take(value, name, order) for name, value in told.items()}
+            llm_inputs = {name: take(value, name, order) for name, value in llm_inputs.items()}
             X = rows_at(X, keep.clamp_min(0))  # (B, K, d_v)
             first = (keep < 0).sum(1, keepdim=True)  # (B, 1), of each row's real tokens
-        return self.fill(told, X, first)
+        return self.fill(llm_inputs, X, first)
 
     def hear_text(self, inputs, shown=None):
         """What the LLM is told, of the full length L, but for the picture's embeddings.
@@ -508,31 +508,32 @@ class VLM:
         shown (B, L) were padding.
         """
         text = {name: t for name, t in inputs.items() if not name.startswith("pixel")}
-        told = self.hear(text)
-        if not has_masks(told):
-            told.pop("attention_mask", None)
+        llm_inputs = self.hear(text)
+        if not has_masks(llm_inputs):
+            llm_inputs.pop("attention_mask", None)
         elif shown is not None:
-            told = self.hear(text, attention_mask=shown.long(), position_ids=told["position_ids"])
-        return told
+            positions = llm_inputs["position_ids"]
+            llm_inputs = self.hear(text, attention_mask=shown.long(), position_ids=positions)
+        return llm_inputs
 
-    def fill(self, told, X, first=0):
+    def fill(self, llm_inputs, X, first=0):
         """Put tokens X (B, K, d_v), from `first` (B, 1) on in each row, at the visual places."""
-        shown, visual = told.pop("shown"), told.pop("visual")  # (B, L')
-        ids, text = told.pop("input_ids"), told.pop("inputs_embeds")
+        shown, visual = llm_inputs.pop("shown"), llm_inputs.pop("visual")  # (B, L')
+        ids, text = llm_inputs.pop("input_ids"), llm_inputs.pop("inputs_embeds")
         Z = self.project(X.to(self.model.dtype)).to(text.device)  # (B, K, D·levels)
         Z, *deep = at_places(Z, visual, first).split(text.shape[-1], -1)  # (B, L', D) each
         embeds = torch.where(visual[..., None], Z, text)  # out of place, so that gradients pass
         # the embeddings come first: from them generate() infers B
         sequence = {"inputs_embeds": embeds, "attention_mask": shown.long()}
         for name in ("position_ids", "labels"):
-            if name in told:
-                sequence[name] = told.pop(name)
+            if name in llm_inputs:
+                sequence[name] = llm_inputs.pop(name)
         if deep:
-            told |= {"visual_pos_masks": visual, DEEP: [level[visual] for level in deep]}
+            llm_inputs |= {"visual_pos_masks": visual, DEEP: [level[visual] for level in deep]}
         if self.by_ids:  # generate() takes no embeddings: it gets ids, and the LLM is told the rest
-            told["inputs_embeds"] = sequence.pop("inputs_embeds")
+            llm_inputs["inputs_embeds"] = sequence.pop("inputs_embeds")
             sequence = {"input_ids": ids, **sequence}
-        return {**sequence, "told": told} if told else sequence
+        return {**sequence, "extra": llm_inputs} if llm_inputs else sequence
 
     @contextmanager
     def telling(self, sequence):
@@ -540,14 +541,14 @@ class VLM:
 
         In this block its LLM is told the rest, too, when it reads a prompt from its beginning.
         """
-        given = {name: value for name, value in sequence.items() if name not in ("told", "labels")}
+        given = {name: value for name, value in sequence.items() if name not in ("extra", "labels")}
 
         def tell(module, args, kwargs):
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             begins = cache is None or not cache.get_seq_length()
-            return args, {**kwargs, **sequence["told"]} if begins else kwargs
+            return args, {**kwargs, **sequence["extra"]} if begins else kwargs
 
-        if "told" not in sequence:
+        if "extra" not in sequence:
             yield given
             return
         hook = self.decoder.register_forward_pre_hook(tell, with_kwargs=True)

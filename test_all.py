@@ -2435,7 +2435,7 @@ def test_a_question_longer_than_the_context_is_refused(backbone, monkeypatch):
     complaint("shorten", vlm.inputs, SCENES[:1], [longer])
     if vlm.tokens is None:  # then check_text does not know how long the picture is
         text = vlm.processor.tokenizer(fits).input_ids
-        monkeypatch.setattr(vlm, "context", vlm.form + len(text))
+        monkeypatch.setattr(vlm, "context", vlm.chat_tokens + len(text))
     vlm.check_text(fits, "line 7")
     complaint("line 7 is longer", vlm.check_text, longer, "line 7")
 

@@ -133,8 +133,8 @@ def distinct(scores, X, c=C):
         x = F.normalize(x - mean, dim=-1)
         alike = x @ x.mT  # (B, N, N), cos(x_i - x̄, x_j - x̄)
         better = z[:, None, :] > z[:, :, None]  # (B, N, N), z_j > z_i
-        said = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); masked entries are 0: cos⁺
-    return z - c * said
+        repeated = alike.masked_fill_(~better, 0).amax(-1)  # (B, N); masked entries are 0: cos⁺
+    return z - c * repeated
 
 
 def check_count(ranking, K, least):

@@ -426,16 +426,16 @@ def answers(llm, rows, processor, config, batch, most):
     """Answer the rows as the server would; yields [(row number, answer), …] batch by batch."""
     import vllm
     for first in range(0, len(rows), batch):
-        asked, limits = [], []
+        prompts, limits = [], []
         for row in rows[first:first + batch]:
             ids, length = prompt_of(row, processor, config, most)
             picture = read_image(row["image"], processor.image_processor)
-            asked.append({"prompt_token_ids": ids, "multi_modal_data": {"image": picture}})
+            prompts.append({"prompt_token_ids": ids, "multi_modal_data": {"image": picture}})
             limits.append(vllm.SamplingParams(temperature=0, max_tokens=length))
         try:
-            outputs = llm.generate(asked, limits, use_tqdm=False)
+            outputs = llm.generate(prompts, limits, use_tqdm=False)
         except ValueError as e:
-            raise InputError(f"{rows[first]['where']} or one of the {len(asked) - 1} after it: "
+            raise InputError(f"{rows[first]['where']} or one of the {len(prompts) - 1} after it: "
                              f"vLLM refuses it ({short(e)}); shorten it") from None
         part = []
         for i, output in enumerate(outputs, first):
@@ -455,14 +455,14 @@ def answer_questions(args, model, config, settings, flags):
         prompt_of(row, processor, config, args.max_new_tokens)  # a fault is found before the start
     llm = start(model, settings, flags)
     pruner = settings["pruner"] and fingerprint(load_pruner(settings["pruner"])[0])
-    made = {"model": portable(args.model), "pruner": pruner, "choose": settings["choose"],
+    conditions = {"model": portable(args.model), "pruner": pruner, "choose": settings["choose"],
             "keep": settings["keep"], "dtype": str(llm.model_config.dtype),
             "max_new_tokens": args.max_new_tokens, "vllm": vllm.__version__}
 
     def answer(left):
         return answers(llm, left, processor, config, args.batch, args.max_new_tokens)
-    said = answer_file(args.answers, rows, made, answer, args.overwrite)
-    score(rows, said)
+    texts = answer_file(args.answers, rows, conditions, answer, args.overwrite)
+    score(rows, texts)
     print(f"{len(rows)} answers are in {args.answers}")
 
 

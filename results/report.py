@@ -21,11 +21,11 @@ def cell(value, digits):
     return f"{value:.{digits}f}"
 
 
-def study(made):
+def study(measured):
     """The tables of a study."""
     parts = []
-    for title, table in made["tables"].items():
-        digits = made.get("digits", {}).get(title, 1)
+    for title, table in measured["tables"].items():
+        digits = measured.get("digits", {}).get(title, 1)
         columns = list(next(iter(table.values())))
         rows = [[name, *(cell(row[column], digits) for column in columns)]
                 for name, row in table.items()]
@@ -33,10 +33,10 @@ def study(made):
     return parts
 
 
-def accuracy(made):
+def accuracy(measured):
     """A line for each row {category: accuracy}, in per cent, and who wins at each budget."""
-    full, rows, kept = next(iter(made.values())), [], {}
-    for name, by_category in made.items():
+    full, rows, kept = next(iter(measured.values())), [], {}
+    for name, by_category in measured.items():
         share = retention(by_category, full)
         per_cent = [f"{100 * value:.1f}" for value in by_category.values()]
         rows.append([name, *per_cent, f"{share:.1f}"])
@@ -53,10 +53,10 @@ def accuracy(made):
     return [markdown(["accuracy, %", *full, "retention"], rows), " ".join(verdicts)]
 
 
-def speed(made):
+def speed(measured):
     """The tables of bench.py: times, launches or FLOPs."""
-    parts = [f"{made['model']}, {made['text']} text tokens: {made['unit']}."]
-    for title, columns, lines in tables(made["rows"]):
+    parts = [f"{measured['model']}, {measured['text']} text tokens: {measured['unit']}."]
+    for title, columns, lines in tables(measured["rows"]):
         parts.append(markdown([title, *columns[1:]], lines))
     return parts
 
