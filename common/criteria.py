@@ -90,7 +90,7 @@ def coverage(X, K):
 
         Σ_i max over kept j of cos⁺(x_i - x̄, x_j - x̄)
 
-    x̄ is the mean over the image, cos⁺ = max(0, cos): each token shall have one like it.
+    x̄ is the mean over the image, cos⁺ = max(0, cos). So each token has a kept one that is like it.
     """
     B, N, _ = X.shape  # images, visual tokens
     x = X.float()

@@ -72,8 +72,11 @@ class Processes:
         self.wait()
 
     def wait(self):
-        """Until all are here. No sum, which gloo frees in a thread: that would abort a process that
-        ends just then."""
+        """Wait until all are here.
+
+        By a barrier: gloo frees a sum in a thread of its own, which aborts a process that is just
+        ending.
+        """
         if self.world > 1:
             dist.barrier()
 
