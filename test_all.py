@@ -3720,7 +3720,9 @@ def test_the_cost_of_reading_a_prompt_is_the_textbooks(vlm, keep):
     maps = L * (4 * D * D + 3 * D * F)  # q, k, v, the output; three of the MLP
     attention = 2 * L * L * D  # Q·Kᵀ and A·V
     flops = 2 * (layers * (maps + attention) + D * V)  # and the last token's logits
-    assert infer.prefill_cost(vlm, inputs, X, keep) == (cache_bytes, flops)
+    measured = infer.prefill_cost(vlm, inputs, X, keep)
+    # RoPE's angles are a small product, too, in some versions of transformers
+    assert measured == (cache_bytes, pytest.approx(flops, rel=1e-4))
 
 
 def test_with_all_tokens_infer_answers_as_the_stock_model(vlm, capsys):
