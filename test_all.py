@@ -4211,21 +4211,27 @@ def test_launches_are_counted_where_there_is_no_gpu(capsys):
 # --- CUDA graphs, emulated: calls of torch in place of kernels ------------------------------------
 
 class Tape(TorchDispatchMode):
-    """As a CUDA graph: calls of torch, to be repeated on the same memory, and without the Python between them."""
+    """Stands for a CUDA graph, which repeats its kernels on the same memory but never the Python
+    between them. What a tape repeats is calls of torch."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
+        options = kwargs or {}
+        result = function(*args, **options)
+        self.calls.append((function, args, options, result))
         return result
 
     def replay(self):
-        for function, args, kwargs, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
-                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+        for function, args, options, result in self.calls:
+            again = function(*args, **options)
+            for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                if not torch.is_tensor(old):
+                    continue
+                same_memory = old.data_ptr() == new.data_ptr()
+                if not same_memory:  # neither a view nor in place
                     old.copy_(new)
 
 
@@ -4240,39 +4246,84 @@ class Taped(Graphed):
         return tape.replay, results
 
 
+class Refused(Taped):
+    """A GPU on which nothing can be recorded."""
+
+    def record(self, static):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+class Stale(Taped):
+    """A replay that computes nothing: the results stay those of the recording."""
+
+    def record(self, static):
+        def replay():
+            pass
+
+        return replay, self.fn(*static)
+
+
 def endless(vlm, monkeypatch):
     """Answers go on, since short ones would hide a wrong cache: no token ends them."""
     monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", VOCAB + 99)
 
 
+def check_answers_by_graphs(fast, inputs, X, keep, monkeypatch):
+    vlm = fast.vlm
+    assert fast.generate(inputs, X, keep) == vlm.generate(inputs, X, keep)
+    with monkeypatch.context() as patch:
+        endless(vlm, patch)
+        assert fast.answer(inputs, X, keep, 24) == vlm.generate(inputs, X, keep, 24)
+
+
+def visible_slots(fast, inputs, X, monkeypatch):
+    """(B, L, slots) bool: which slots of the cache each token of the prompt sees."""
+    def next_token(slot, seen, **inputs):
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "_next", next_token)
+        visible, *_ = fast._read(**fast.vlm.embed(inputs, X))
+    return visible
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_answers_by_graphs_are_those_without(batch, vlm, tmp_path, monkeypatch):
     scorer, settings = pruner.load_pruner(ROOT / "data/shapes/pruner")
-    fast, rows = Graphs(vlm, 256, Taped), questions.read_questions(drawn(tmp_path))[::7][:4]
-    choose, plain = (pruner.chooser(model, scorer, settings, Budget(16))[0] for model in (fast, vlm))
+    fast = Graphs(vlm, 256, Taped)
+    choose, _ = pruner.chooser(fast, scorer, settings, Budget(16))
+    choose_without, _ = pruner.chooser(vlm, scorer, settings, Budget(16))
+    rows = questions.read_questions(drawn(tmp_path))[::7][:4]
     encoded = []
     for start in range(0, 4, batch):
         part = rows[start:start + batch]
-        inputs = vlm.inputs([read_image(row["image"]) for row in part], [row["text"] for row in part])
+        pictures = [read_image(row["image"]) for row in part]
+        texts = [row["text"] for row in part]
+        inputs = vlm.inputs(pictures, texts)
         X = fast.encode(inputs)
-        keep = choose(X, inputs)
-        assert keep.equal(plain(X, inputs))
         encoded.append((X, vlm.encode(inputs)))
-        for kept in (None, keep, some(X, inputs))[:2 + (batch > 1)]:  # the last with another number in each row
-            assert fast.generate(inputs, X, kept) == vlm.generate(inputs, X, kept)
-            with monkeypatch.context() as patch:
-                endless(vlm, patch)
-                assert fast.answer(inputs, X, kept, 24) == vlm.generate(inputs, X, kept, 24)
-    assert fast.on and fast.compared and len(fast.go_on.recorded) == 1 and len(fast.begin.recorded) <= 6
-    assert all(X.equal(right) for X, right in encoded), "also after the next picture: the memory is another"
-    monkeypatch.setattr(fast, "_next", lambda slot, seen, **inputs: seen)  # (B, L, slots)
-    seen, *_ = fast._read(**vlm.embed(inputs, X))
-    assert seen.any(-1).all(), "no row of attention may see nothing, padding neither"
+
+        keep = choose(X, inputs)
+        assert keep.equal(choose_without(X, inputs))
+        check_answers_by_graphs(fast, inputs, X, None, monkeypatch)
+        check_answers_by_graphs(fast, inputs, X, keep, monkeypatch)
+        if batch > 1:
+            uneven = some(X, inputs)  # another number of tokens in each row
+            check_answers_by_graphs(fast, inputs, X, uneven, monkeypatch)
+    assert fast.on
+    assert fast.compared
+    assert len(fast.go_on.recorded) == 1
+    assert len(fast.begin.recorded) <= 6
+    for by_graph, without in encoded:
+        assert by_graph.equal(without), "the next picture must not overwrite it"
+    visible = visible_slots(fast, inputs, X, monkeypatch)
+    assert visible.any(-1).all(), "no row of attention may see nothing, padding neither"
 
 
 def test_answers_by_graphs_are_those_without_in_every_class(backbone, monkeypatch):
-    """Where a language model is told more than embeddings, or a layer is recurrent, graphs go off."""
-    vlm = backbone[0]
+    """Graphs go off where a language model needs more than embeddings or has layers without full
+    attention, recurrent ones for instance."""
+    vlm, _, _ = backbone
     endless(vlm, monkeypatch)
     fast = Graphs(vlm, 256, Taped)
     for scene, text in zip(SCENES, QUESTIONS):
@@ -4280,84 +4331,144 @@ def test_answers_by_graphs_are_those_without_in_every_class(backbone, monkeypatc
         X = fast.encode(inputs)
         for keep in (None, some(X, inputs)):
             assert fast.generate(inputs, X, keep, 24) == vlm.generate(inputs, X, keep, 24)
-    if vlm.model.config.model_type in ("qwen3_vl", "qwen3_5", "gemma3", "paligemma"):
+    model_type = vlm.model.config.model_type
+    if model_type in ("qwen3_vl", "qwen3_5", "gemma3", "paligemma"):
         assert not fast.on
     else:
-        assert fast.on and fast.compared and len(fast.go_on.recorded) == 1
+        assert fast.on
+        assert fast.compared
+        assert len(fast.go_on.recorded) == 1
 
 
-def test_without_working_graphs_answers_are_eager_after_one_line(vlm, capsys, monkeypatch):
-    class Refused(Taped):
-        def record(self, static):
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    class Stale(Taped):
-        def record(self, static):
-            return list, self.fn(*static)
-
-    endless(vlm, monkeypatch)
+def first_question(vlm):
+    """(inputs, X) of the first scene."""
     inputs = vlm.inputs(SCENES[:1], QUESTIONS[:1])
-    X = vlm.encode(inputs)
-    for kind, why in ((Refused, "operation not permitted when"), (Stale, "the first answer")):
-        fast = Graphs(vlm, 256, kind)
-        for most in (1, 12):
-            assert fast.generate(inputs, X, None, most) == vlm.generate(inputs, X, None, most)
-        assert fast.encode(inputs).equal(X) and not fast.on
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and why in said[0]
-    fast = Graphs(vlm, 256, Refused)  # too long for the cache: nothing is recorded
+    return inputs, vlm.encode(inputs)
+
+
+@pytest.mark.parametrize("kind, words", [
+    (Refused, "operation not permitted when"),
+    (Stale, "the first answer"),
+])
+def test_without_working_graphs_answers_are_eager_after_one_line(
+        kind, words, vlm, capsys, monkeypatch):
+    endless(vlm, monkeypatch)
+    inputs, X = first_question(vlm)
+    fast = Graphs(vlm, 256, kind)
+    for most in (1, 12):
+        assert fast.generate(inputs, X, None, most) == vlm.generate(inputs, X, None, most)
+    assert fast.encode(inputs).equal(X)
+    assert not fast.on
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_an_answer_too_long_for_the_cache_is_not_recorded(vlm, monkeypatch):
+    endless(vlm, monkeypatch)
+    inputs, X = first_question(vlm)
+    fast = Graphs(vlm, 256, Refused)
     fast.generate(inputs, X, None, 200)
     assert fast.on
-    with torch.no_grad():
-        for graphs in (Graphs(vlm, 256, Taped), Graphs(vlm)):
-            complaint("finite", graphs.generate, inputs, X * math.nan)
+
+
+@torch.no_grad()
+def test_with_and_without_graphs_features_that_are_no_numbers_are_refused(vlm, monkeypatch):
+    endless(vlm, monkeypatch)
+    inputs, X = first_question(vlm)
+    broken = X * math.nan
+    for fast in (Graphs(vlm, 256, Taped), Graphs(vlm)):
+        complaint("finite", fast.generate, inputs, broken)
 
 
 class Captured(TorchDispatchMode):
-    """Refuses, with the meta device for a GPU, what a capture refuses: waits, and numbers from the CPU."""
+    """Refuses what a capture refuses: to wait for the GPU, and numbers that come from the CPU. The
+    meta device stands for the GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        name, tensors = function.__name__, [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
-        number = "index_put" in name and args[2].dim() == 0  # t[rows, j] = 4.0
-        waits = any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh"))
-        assert not number and not waits and {t.device.type for t in tensors} <= {"meta"}, name
+        name = function.__name__
+        for call_that_waits in ("_local_scalar_dense", "nonzero", "lift_fresh"):
+            assert call_that_waits not in name
+        if "index_put" in name:
+            value = args[2]
+            assert value.dim() > 0, "a number, as in t[rows, j] = 4.0"
+        for leaf in tree_leaves((args, kwargs, result)):
+            if torch.is_tensor(leaf):
+                assert leaf.device.type == "meta", name
         return result
+
+
+def graphs_on_meta():
+    """Graphs of a tiny LLaVA, with a cache as its first, unrecorded calls would set it up."""
+    config = AutoConfig.for_model(**LLAVA)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    graphs = Graphs(Llava(model, None, "meta"), 64)
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("meta"))
+    graphs.caches[2] = cache
+    return graphs
+
+
+def mistakes(ranking, rows):
+    """Functions that cannot be recorded."""
+    def write_a_number():
+        ranking[rows, rows] = 4.0
+
+    def add_a_tensor_of_the_cpu():
+        return ranking + torch.as_tensor([1.0])
+
+    def index_by_a_mask():
+        return ranking[ranking > 0]
+
+    def copy_a_list():
+        return torch.tensor([1.0], device="meta")
+
+    return write_a_number, add_a_tensor_of_the_cpu, index_by_a_mask, copy_a_list
 
 
 @torch.no_grad()
 def test_what_is_recorded_neither_waits_nor_copies_from_the_cpu(monkeypatch):
+    graphs = graphs_on_meta()
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**LLAVA))
         scorer = Scorer(48)
-    graphs = Graphs(Llava(model, None, "meta"), 64)
     inputs = graphs.vlm.dummy_inputs(2, 9)
-    cache = graphs.caches[2] = StaticCache(model.config.get_text_config(), max_cache_len=64)
-    cache.early_initialization(2, 2, 16, torch.float32, torch.device("meta"))  # as the first, unrecorded calls do
+    ids = inputs["input_ids"]
+    mask = inputs["attention_mask"]
     monkeypatch.setattr(torch, "tensor", None)  # a copy from the CPU that the mode does not see
     with Captured():
         X = graphs.vlm.encode(inputs)
         ranking = distinct(scorer(X), X)
         keep = ranking.topk(5).indices
-        token, start, position = graphs._begin(X, keep, inputs["input_ids"], inputs["attention_mask"])
+        token, start, position = graphs._begin(X, keep, ids, mask)
         graphs._go_on(token, graphs.slots[:1], start, position + 1)
         for choose in (criteria.max_min_diversity, criteria.coverage, criteria.dpp):
             assert choose(X, 5).shape == (2, 5)
-        for mistake in (lambda: ranking.__setitem__((start, start), 4.0), lambda: ranking + torch.as_tensor([1.0]),
-                        lambda: ranking[ranking > 0], lambda: torch.tensor([1.0], device="meta")):
+        for mistake in mistakes(ranking, start):
             with pytest.raises((AssertionError, RuntimeError, TypeError)):
                 mistake()
 
 
+def texts_of(path):
+    """The answers in a file, in its order."""
+    lines = path.read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
 def test_infer_answers_the_same_with_graphs(tmp_path, capsys):
-    said = []
-    for number, more in enumerate(((), ("--graphs",))):
-        run(infer.main, PICTURE, QUESTIONS[1], *SHIPPED, *more)
-        answers = tmp_path / f"{number}.jsonl"
-        run(infer.main, "--questions", drawn(tmp_path), "--answers", answers, *SHIPPED, "--batch", 4, *more)
-        texts = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
-        said.append((capsys.readouterr().out.splitlines()[0], texts))
-    assert said[0] == said[1]
+    source = drawn(tmp_path)
+    path = tmp_path / "answers.jsonl"
+    many = ("--questions", source, "--answers", path, "--overwrite", "--batch", 4)
+    printed = []
+    written = []
+    for options in (SHIPPED, (*SHIPPED, "--graphs")):
+        run(infer.main, PICTURE, QUESTIONS[1], *options)
+        run(infer.main, *many, *options)
+        first_line = capsys.readouterr().out.splitlines()[0]
+        printed.append(first_line)
+        written.append(texts_of(path))
+    assert printed[0] == printed[1]
+    assert written[0] == written[1]
 
 
 # --- lmms-eval and vLLM, where they are installed -------------------------------------------------
