@@ -4473,10 +4473,31 @@ def test_infer_answers_the_same_with_graphs(tmp_path, capsys):
 
 # --- lmms-eval and vLLM, where they are installed -------------------------------------------------
 
-LMMS_TASK = """{task: drawn, dataset_path: json, test_split: test, output_type: generate_until, doc_to_target: label,
-dataset_kwargs: {data_files: {test: FOLDER/test.jsonl}, cache_dir: FOLDER/cache}, doc_to_text: "<image>{{text}}",
-doc_to_visual: !function pictures.of , generation_kwargs: {max_new_tokens: 128},
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]}"""
+LMMS_TASK = """
+task: drawn
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FOLDER/test.jsonl
+  cache_dir: FOLDER/cache
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.of
+doc_to_text: "<image>{{text}}"
+doc_to_target: label
+generation_kwargs:
+  max_new_tokens: 128
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+LMMS_PICTURES = """
+from PIL import Image
+
+def of(document):
+    return [Image.open("FOLDER/" + document["image"])]
+"""
 
 
 @pytest.fixture
@@ -4490,49 +4511,93 @@ def lmms_module(monkeypatch):
     sys.modules.pop("eval.lmms")
 
 
-def test_benchmarks_are_answered_in_their_order_whatever_the_batches(lmms_module, tmp_path):
-    def request(i, text, **options):
-        return SimpleNamespace(args=(text, options, lambda doc: doc, i, "task", "test"), task_name="task")
-
-    model = lmms_module.Pruned(keep="16", batch_size="4", pruner=ROOT / "data/shapes/pruner", device="cpu")
-    vlm, documents = model.vlm, [[SCENES[i % 3].convert("RGBA")] for i in range(12)]
+def pruned_for_benchmarks(lmms_module, documents):
+    """The model as lmms-eval uses it; each document is a list of pictures."""
+    model = lmms_module.Pruned(
+        keep="16", batch_size="4", pruner=ROOT / "data/shapes/pruner", device="cpu")
     model.task_dict = {"task": {"test": documents}}
-    limits = [None, 3, 128, 3, 1, None, 3, 3, 3, 3, 128, 1]
+    return model
+
+
+def benchmark_request(number, text, **options):
+    """A question about the document of this number, as lmms-eval asks it."""
+    def pictures_of(document):
+        return document
+
+    arguments = (text, options, pictures_of, number, "task", "test")
+    return SimpleNamespace(args=arguments, task_name="task")
+
+
+def test_benchmarks_are_answered_in_their_order_whatever_the_batches(lmms_module):
+    documents = [[SCENES[i % 3].convert("RGBA")] for i in range(12)]
+    model = pruned_for_benchmarks(lmms_module, documents)
+    vlm = model.vlm
     texts = [QUESTIONS[i // 2 % 3] for i in range(12)]
-    requests = [request(i, f"<image>\n{texts[i]}", max_new_tokens=n) for i, n in enumerate(limits)]
-    groups = list(model.batches(requests))
-    assert sorted(sum((part for part, _ in groups), [])) == list(range(12)) and max(len(part) for part, _ in groups) == 4
-    for i, (answer, counts) in enumerate(model.generate_until(requests)):
+    limits = [None, 3, 128, 3, 1, None, 3, 3, 3, 3, 128, 1]
+    requests = []
+    for i, limit in enumerate(limits):
+        requests.append(benchmark_request(i, f"<image>\n{texts[i]}", max_new_tokens=limit))
+
+    batches = [part for part, _ in model.batches(requests)]
+    assert sorted(itertools.chain(*batches)) == list(range(12))
+    assert max(len(part) for part in batches) == 4
+
+    results = model.generate_until(requests)
+    assert len(results) == 12
+    for i, (answer, counts) in enumerate(results):
         inputs = vlm.inputs([SCENES[i % 3]], [texts[i]])
         X = vlm.encode(inputs)
-        assert answer == vlm.generate(inputs, X, model.choose(X, inputs), limits[i] or 128)[0]
+        keep = model.choose(X, inputs)
+        [alone] = vlm.generate(inputs, X, keep, limits[i] or 128)
+        assert answer == alone
         assert counts["input_tokens"] == inputs["input_ids"].shape[1] - 144 + 16
-        assert counts["output_tokens"] == len(vlm.processor.tokenizer(answer, add_special_tokens=False).input_ids)
-    documents[1], documents[2] = [SCENES[0], SCENES[1]], []
-    for bad in (request(0, "?", temperature=0.5), request(0, "?", num_beams=3), request(1, "?"), request(2, "?")):
-        complaint(r"task, document \d: .*one picture, and greedy", model.generate_until, [bad])
-    complaint("likelihoods", model.loglikelihood, [requests[0]])
-    untrained = lmms_module.Pruned(keep="9", choose="diversity", device="cpu")
+        written = vlm.processor.tokenizer(answer, add_special_tokens=False)
+        assert counts["output_tokens"] == len(written.input_ids)
+
+
+def test_benchmarks_that_are_not_greedy_and_about_one_picture_are_refused(lmms_module):
+    one_picture = [SCENES[0].convert("RGBA")]
+    two_pictures = [SCENES[0], SCENES[1]]
+    model = pruned_for_benchmarks(lmms_module, [one_picture, two_pictures, []])
+    requests = [
+        benchmark_request(0, "?", temperature=0.5),
+        benchmark_request(0, "?", num_beams=3),
+        benchmark_request(1, "?"),
+        benchmark_request(2, "?"),
+    ]
+    for request in requests:
+        words = r"task, document \d: .*one picture, and greedy"
+        complaint(words, model.generate_until, [request])
+    complaint("likelihoods", model.loglikelihood, [benchmark_request(0, "?")])
+
+
+def test_benchmarks_are_answered_without_a_pruner_too(lmms_module, vlm):
+    model = lmms_module.Pruned(keep="9", choose="diversity", device="cpu")
     inputs = vlm.inputs(SCENES[:1], ["?"])
     X = vlm.encode(inputs)
-    assert untrained.choose(X, inputs).equal(criteria.max_min_diversity(X, 9))
+    assert model.choose(X, inputs).equal(criteria.max_min_diversity(X, 9))
 
 
 def test_lmms_eval_gets_the_answers_of_infer(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("lmms_eval")
     from eval.lmms import Pruned, TaskManager, evaluator
-    run(infer.main, "--questions", drawn(tmp_path), "--answers", tmp_path / "a.jsonl", *SHIPPED)
-    (tmp_path / "drawn.yaml").write_text(LMMS_TASK.replace("FOLDER", str(tmp_path)))
-    (tmp_path / "pictures.py").write_text("from PIL import Image\n\n\ndef of(doc):\n"
-                                          f"    return [Image.open('{tmp_path}/' + doc['image'])]\n")
-    model = Pruned.create_from_arg_string(f"pruner={ROOT}/data/shapes/pruner,keep=16,device=cpu,batch_size=7")
+    path = tmp_path / "answers.jsonl"
+    run(infer.main, "--questions", drawn(tmp_path), "--answers", path, *SHIPPED)
+
+    task_files = {"drawn.yaml": LMMS_TASK, "pictures.py": LMMS_PICTURES}
+    for name, content in task_files.items():
+        (tmp_path / name).write_text(content.replace("FOLDER", str(tmp_path)))
+    model = Pruned.create_from_arg_string(
+        f"pruner={ROOT}/data/shapes/pruner,keep=16,device=cpu,batch_size=7")
     manager = TaskManager(include_path=str(tmp_path))
-    samples = evaluator.simple_evaluate(model=model, tasks=["drawn"], task_manager=manager)["samples"]["drawn"]
+    results = evaluator.simple_evaluate(model=model, tasks=["drawn"], task_manager=manager)
+    samples = results["samples"]["drawn"]
     samples.sort(key=lambda sample: sample["doc_id"])
-    answers = [json.loads(line)["text"] for line in open(tmp_path / "a.jsonl")]
-    assert [sample["resps"][0][0] for sample in samples] == answers
-    assert all(5 < sample["token_counts"][0]["input_tokens"] - 16 < 60 for sample in samples)
+    assert [sample["resps"][0][0] for sample in samples] == texts_of(path)
+    for sample in samples:
+        words = sample["token_counts"][0]["input_tokens"] - 16
+        assert 5 < words < 60
 
 
 class Engine:
