@@ -4601,7 +4601,7 @@ def test_lmms_eval_gets_the_answers_of_infer(tmp_path, monkeypatch):
 
 
 class Engine:
-    """What the plugin finds in vLLM's classes: the stock model's parts, here without arithmetic."""
+    """The parts of vLLM's own classes that the plugin calls, here without arithmetic."""
 
     def embed_multimodal(self, X):
         return X
@@ -4612,157 +4612,302 @@ class Engine:
     def forward(self, input_ids, positions):
         return positions
 
-    _parse_and_validate_image_input = embed_multimodal
-    _process_image_pixels = multi_modal_projector = staticmethod(lambda X: X)
+    def _parse_and_validate_image_input(self, X):
+        return X
+
+    def _process_image_pixels(self, X):
+        return X
+
+    def multi_modal_projector(self, X):
+        return X
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
-def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, monkeypatch):
-    grids, kept = [(3, 5), (4, 2)], [[0, 7, 14], [1, 2, 5, 6, 7]]
-    full = [1, 1, 1, *15 * [VOCAB], 1, 1, *8 * [VOCAB], 1, 1]  # a prompt with two pictures
-    visual = torch.tensor(full) == VOCAB
-    if kind == "llava":
-        mixin, grids = serve.PrunedLlava, [(1, 15), (1, 8)]
-        positions = torch.arange(len(full))
-    else:
-        mixin = serve.Pruned
-        with torch.device("meta"):
-            stock = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**TINY_CONFIGS[kind]))
-        patches = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids])
-        whole = torch.ones(1, len(full))
-        positions = stock.model.get_rope_index(torch.tensor([full]), visual[None].int(), patches, attention_mask=whole)
-        positions = positions[0][:, 0]  # (3, L)
+FULL_PROMPT = [1, 1, 1] + 15 * [VOCAB] + [1, 1] + 8 * [VOCAB] + [1, 1]  # with two pictures
+KEPT_BY_COUNT = {3: [0, 7, 14], 5: [1, 2, 5, 6, 7]}  # of the first picture and of the second
+
+
+def tokens_that_stay(visual):
+    """(L,) bool: what a pruned prompt keeps of the full one, whose visual tokens are marked."""
+    places = visual.nonzero().flatten()  # of the 15 + 8 visual tokens
+    first, second = KEPT_BY_COUNT.values()
+    kept = first + [15 + i for i in second]
     stays = ~visual
-    stays[visual.nonzero()[:, 0][kept[0] + [15 + i for i in kept[1]]]] = True
-    expected, at = positions[..., stays], visual[stays]
-    L = len(at)
+    stays[places[kept]] = True
+    return stays
 
-    model = type("Model", (mixin, Engine), {})
-    model = model.__new__(model)
-    model.choose = lambda X, K: torch.arange(K)  # what this GPU would choose; the first GPU decides:
-    first = SimpleNamespace(broadcast=lambda own, source: torch.tensor(next(k for k in kept if len(k) == len(own))))
-    group = SimpleNamespace(get_tp_group=lambda: first)
-    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", group)
-    model.steps, model.places = torch.zeros(3, 9).long(), torch.zeros(3, 9).long()
-    X = [torch.arange(15.0)[:, None], torch.arange(100.0, 108.0)[:, None]]
+
+def full_positions(kind, grids):
+    """Positions (…, L) of the full prompt in the stock model; grids: rows, columns of tokens."""
+    if kind == "llava":
+        return torch.arange(len(FULL_PROMPT))
+    config = AutoConfig.for_model(**TINY_CONFIGS[kind])
+    with torch.device("meta"):
+        stock_model = AutoModelForImageTextToText.from_config(config)
+    ids = torch.tensor([FULL_PROMPT])
+    visual = ids == VOCAB
+    patches = [[1, 2 * rows, 2 * columns] for rows, columns in grids]
+    positions, _ = stock_model.model.get_rope_index(
+        ids, visual.int(), torch.tensor(patches), attention_mask=torch.ones(ids.shape))
+    return positions[:, 0]  # (3, L)
+
+
+def pruned_engine(mixin, monkeypatch):
+    """A model on the second of two GPUs. It would choose other tokens than the first, whose choice
+    counts."""
+    def choose(X, K):
+        return torch.arange(K)
+
+    def broadcast(choice, source):
+        return torch.tensor(KEPT_BY_COUNT[len(choice)])
+
+    group = SimpleNamespace(broadcast=broadcast)
+    parallel_state = SimpleNamespace(get_tp_group=lambda: group)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", parallel_state)
+    engine_class = type("Model", (mixin, Engine), {})
+    model = engine_class.__new__(engine_class)  # without __init__, which needs vLLM
+    model.choose = choose
+    model.steps = torch.zeros(3, 9, dtype=torch.long)
+    model.places = torch.zeros(3, 9, dtype=torch.long)
+    return model
+
+
+def picture_in_a_prompt(offset, grid):
+    """As vLLM describes it to a model."""
+    return SimpleNamespace(
+        mm_position=SimpleNamespace(offset=offset),
+        data={"grid": SimpleNamespace(data=grid)})
+
+
+def check_in_chunks(model, Z, visual, begins, expected):
+    """Positions must be right, too, when the prompt is read in chunks, here of four tokens."""
+    number = visual.cumsum(0) - 1  # of a visual token among those kept
+    for start in range(0, len(visual), 4):
+        chunk = slice(start, start + 4)
+        is_visual = visual[chunk]
+        ids = torch.ones(len(is_visual))
+        part = Z[number[chunk][is_visual]]
+        [embeddings] = model.embed_input_ids(ids, [part], is_multimodal=is_visual)
+        assert embeddings.equal(part[:, :1])
+        positions = model.forward(None, begins[:, chunk])
+        assert positions.equal(expected[..., chunk])
+
+
+@pytest.mark.parametrize("kind, mixin, grids", [
+    ("llava", serve.PrunedLlava, [(1, 15), (1, 8)]),
+    ("qwen2_5_vl", serve.Pruned, [(3, 5), (4, 2)]),
+])
+def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, mixin, grids, monkeypatch):
+    visual = torch.tensor(FULL_PROMPT) == VOCAB
+    stays = tokens_that_stay(visual)
+    L = stays.sum().item()
+    positions = full_positions(kind, grids)
+
+    model = pruned_engine(mixin, monkeypatch)
+    first = torch.arange(15.0)[:, None]
+    second = torch.arange(100.0, 108.0)[:, None]
     grid = torch.tensor([[3, *grids[0]], [5, *grids[1]]])
-    Z = torch.cat(model.embed_multimodal(grid=grid, X=X))  # (8, 1 + 4)
+    Z = torch.cat(model.embed_multimodal(grid=grid, X=[first, second]))  # (8, 1 + 4)
     assert Z[:, 0].tolist() == [0, 7, 14, 101, 102, 105, 106, 107]
-    features = [SimpleNamespace(mm_position=SimpleNamespace(offset=offset), data={"grid": SimpleNamespace(data=row)})
-                for offset, row in ((3, grid[0]), (8, grid[1]))]
-    begins, ahead = model.get_mrope_input_positions([1] * L, features[::-1])
+
+    # not in their order
+    pictures = [picture_in_a_prompt(8, grid[1]), picture_in_a_prompt(3, grid[0])]
+    begins, ahead = model.get_mrope_input_positions([1] * L, pictures)
     assert ahead == positions.max() + 1 - L  # a further token's position, less its number
-    for start in range(0, L, 4):  # steps of four tokens, as when a prompt is read in chunks
-        step = slice(start, start + 4)
-        part = Z[at.cumsum(0)[step][at[step]] - 1]
-        bare, = model.embed_input_ids(torch.ones(len(at[step])), [part], is_multimodal=at[step])
-        assert bare.equal(part[:, :1])
-        assert model.forward(None, begins[:, step]).equal(expected[..., step])
+    check_in_chunks(model, Z, visual[stays], begins, positions[..., stays])
 
 
-def test_an_engine_lays_out_the_budget_of_the_request_and_no_more_positions_than_the_model_has():
-    class Processor:
-        def _apply_hf_processor_main(self, data, options):
-            assert options == {"size": 3}
-            return dict(data)
+class EngineProcessor:
+    """The parts of vLLM's own processors that the plugin calls; what comes in goes out."""
 
-        def apply(self, inputs, timing_ctx):
-            return inputs
+    def _apply_hf_processor_main(self, data, options):
+        assert options == {"size": 3}, "what is not the plugin's goes on to vLLM"
+        return dict(data)
 
-    llava, qwen = AutoConfig.from_pretrained(TINY), AutoConfig.for_model(**TINY_CONFIGS["qwen2_5_vl"])
-    llava.keep = qwen.keep = "16"
-    grids = torch.tensor([[1, 6, 10], [1, 4, 4]])  # 15 and 4 tokens
-    for config, data, keep, rows in ((qwen, {"image_grid_thw": grids}, "20%", [[3, 3, 5], [1, 2, 2]]),
-                                     (qwen, {"image_grid_thw": grids}, None, [[15, 3, 5], [4, 2, 2]]),
-                                     (llava, {"pixel_values": [0, 0]}, 9, 2 * [[9, 1, 144]]),
-                                     (llava, {"pixel_values": [0]}, None, [[16, 1, 144]])):
-        processor = type("Pruned", (serve.PrunedProcessor, Processor), {"further": {}})()
-        processor.info = SimpleNamespace(get_hf_config=lambda: config)
-        options = {"size": 3} if keep is None else {"size": 3, "keep": keep}
-        assert processor._apply_hf_processor_main(data, options)["grid"].tolist() == rows
-        assert processor._apply_hf_processor_main({}, options) == {}
+    def apply(self, inputs, timing_ctx):
+        return inputs
+
+
+def pruned_processor(kind):
+    """The processor of a server that was started with --keep 16."""
+    if kind == "llava":
+        config = AutoConfig.from_pretrained(TINY)
+    else:
+        config = AutoConfig.for_model(**TINY_CONFIGS[kind])
+    config.keep = "16"
+    bases = (serve.PrunedProcessor, EngineProcessor)
+    processor = type("Processor", bases, {"further": {}})()
+    processor.info = SimpleNamespace(get_hf_config=lambda: config)
+    return processor
+
+
+TWO_PICTURES = {"image_grid_thw": torch.tensor([[1, 6, 10], [1, 4, 4]])}  # 15 and 4 tokens
+
+
+@pytest.mark.parametrize("kind, data, keep, grids", [
+    ("qwen2_5_vl", TWO_PICTURES, "20%", [[3, 3, 5], [1, 2, 2]]),
+    ("qwen2_5_vl", TWO_PICTURES, None, [[15, 3, 5], [4, 2, 2]]),
+    ("llava", {"pixel_values": [0, 0]}, 9, [[9, 1, 144], [9, 1, 144]]),
+    ("llava", {"pixel_values": [0]}, None, [[16, 1, 144]]),
+])
+def test_an_engine_lays_out_the_budget_of_the_request(kind, data, keep, grids):
+    processor = pruned_processor(kind)
+    options = {"size": 3}
+    if keep is not None:
+        options["keep"] = keep
+    layout = processor._apply_hf_processor_main(data, options)
+    assert layout["grid"].tolist() == grids
+    assert processor._apply_hf_processor_main({}, options) == {}
+
+
+def test_an_engine_keeps_no_more_tokens_than_a_picture_has():
+    processor = pruned_processor("llava")
     with pytest.raises(ValueError, match="144"):
-        processor._apply_hf_processor_main(data, {"keep": 145})
-    item = {"grid": SimpleNamespace(data=torch.tensor([16, 1, 144]))}
-    for shown in (item, None):  # the second time vLLM has the picture in its cache
-        result = {"mm_hashes": {"image": 2 * ["a"]}, "mm_kwargs": {"image": 2 * [shown]}}
-        processor.apply({**result, "prompt_token_ids": [1] * (1024 - 256)}, None)
+        processor._apply_hf_processor_main({"pixel_values": [0]}, {"keep": 145})
+
+
+def test_an_engine_takes_no_more_positions_than_the_model_has():
+    processor = pruned_processor("llava")
+    grid = SimpleNamespace(data=torch.tensor([16, 1, 144]))
+    longest = [1] * (1024 - 2 * (144 - 16))  # the full prompt has 1024 positions
+    too_long = longest + [1]
+    for item in ({"grid": grid}, None):  # the second time vLLM has the picture in its cache
+        pictures = {"mm_hashes": {"image": ["a", "a"]}, "mm_kwargs": {"image": [item, item]}}
+        processor.apply({**pictures, "prompt_token_ids": longest}, None)
         with pytest.raises(ValueError, match="1025 positions.* 1024"):
-            processor.apply({**result, "prompt_token_ids": [1] * (1025 - 256)}, None)
+            processor.apply({**pictures, "prompt_token_ids": too_long}, None)
 
 
 def test_rows_and_columns_survive_half_precision():
-    places, columns = torch.arange(0, 4_000_000, 997), 2500
+    columns = 2500
+    places = torch.arange(0, 4_000_000, 997)
+    rows_and_columns = [(places // columns).tolist(), (places % columns).tolist()]
+    digits = serve.to_digits(places, columns)
     for dtype in (torch.bfloat16, torch.float16):
-        rows_and_columns = serve.from_digits(serve.to_digits(places, columns).to(dtype))
-        assert rows_and_columns.tolist() == [(places // columns).tolist(), (places % columns).tolist()]
+        rounded = digits.to(dtype)
+        assert serve.from_digits(rounded).tolist() == rows_and_columns
 
 
-def test_what_cannot_be_served_is_refused_and_the_rest_is_vllms(monkeypatch, tmp_path):
-    own = ROOT / "data/shapes/pruner"
-    files.write(tmp_path / "q.jsonl", [question()])
-    asked = "--questions", tmp_path / "q.jsonl", "--answers"
-    for words, argv in {"no budget on average": (TINY, "--pruner", own, "--keep", "~16"),
-                        "144 visual tokens": (TINY, "--pruner", own, "--keep", 145),
-                        "with a pruner.*distinct, top": (TINY, "--pruner", own, "--choose", "DPP"),
-                        "without a pruner.*uniform": (TINY, "--choose", "top"),
-                        "coverage, DPP, uniform, norm": (TINY, "--choose", "CLS"),
-                        "together": (TINY, "--keep", 16, "--questions", "q.jsonl"),
-                        "--keep '0' is no budget": (TINY, "--keep", 0),
-                        "1 or more": (TINY, "--keep", 16, *asked, tmp_path / "a.jsonl", "--batch", 0),
-                        "file that is read": (TINY, "--keep", 16, *asked, tmp_path / "q.jsonl", "--overwrite"),
-                        "^model '': no such": ("",),
-                        "--hf-overrides": (TINY, "--keep", 16, "--hf-overrides={}")}.items():
-        complaint(words, run, serve.main, *argv)
+SERVE_PRUNED = (TINY, "--pruner", ROOT / "data/shapes/pruner")
+SERVE_UNTRAINED = (TINY, "--keep", 16)
+
+
+@pytest.mark.parametrize("words, argv", [
+    ("no budget on average", (*SERVE_PRUNED, "--keep", "~16")),
+    ("144 visual tokens", (*SERVE_PRUNED, "--keep", 145)),
+    ("with a pruner.*distinct, top", (*SERVE_PRUNED, "--choose", "DPP")),
+    ("without a pruner.*uniform", (TINY, "--choose", "top")),
+    ("coverage, DPP, uniform, norm", (TINY, "--choose", "CLS")),
+    ("together", (*SERVE_UNTRAINED, "--questions", "q.jsonl")),
+    ("--keep '0' is no budget", (TINY, "--keep", 0)),
+    ("^model '': no such", ("",)),
+    ("--hf-overrides", (*SERVE_UNTRAINED, "--hf-overrides={}")),
+])
+def test_flags_that_cannot_be_served_are_refused(words, argv):
+    complaint(words, run, serve.main, *argv)
+
+
+def test_question_files_that_cannot_be_served_are_refused(tmp_path):
+    source = tmp_path / "q.jsonl"
+    files.write(source, [question()])
+    argv = (*SERVE_UNTRAINED, "--questions", source, "--answers")
+    complaint("1 or more", run, serve.main, *argv, tmp_path / "a.jsonl", "--batch", 0)
+    complaint("file that is read", run, serve.main, *argv, source, "--overwrite")
+
+
+def test_models_that_cannot_be_served_are_refused(tmp_path):
+    def refused(words, changes):
+        files.write(tmp_path / "config.json", {**config, **changes})
+        complaint(words, run, serve.main, tmp_path, "--pruner", ROOT / "data/shapes/pruner")
+
     config = json.loads((TINY / "config.json").read_text())
     wider = {**config["vision_config"], "hidden_size": 256}
-    for words, change in {"is of type llava_next": {"model_type": "llava_next"},
-                          "features 128 wide": {"vision_config": wider}}.items():
-        files.write(tmp_path / "config.json", {**config, **change})
-        complaint(words, run, serve.main, tmp_path, "--pruner", own)
-    called = []
+    refused("is of type llava_next", {"model_type": "llava_next"})
+    refused("features 128 wide", {"vision_config": wider})
 
+
+def test_all_other_flags_of_serve_are_vllms(monkeypatch):
     def command():
-        entry, = [e for e in entry_points(group="vllm.general_plugins") if e.name == "diffprune"]
-        called.append((entry.load(), sys.argv, os.environ["PYTHONPATH"].split(os.pathsep)[:2]))
+        [entry] = [e for e in entry_points(group="vllm.general_plugins") if e.name == "diffprune"]
+        plugins.append(entry.load())
+        command_lines.append(sys.argv)
+        search_paths.append(os.environ["PYTHONPATH"].split(os.pathsep))
 
-    monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli", SimpleNamespace(main=SimpleNamespace(main=command)))
+    plugins = []
+    command_lines = []
+    search_paths = []
+    vllm_command = SimpleNamespace(main=SimpleNamespace(main=command))
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli", vllm_command)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", "")
-    run(serve.main, TINY, "--port", 8000, "--choose", "DPP", "--keep", "25%", "--max-model-len=512")
-    (register, argv, (_, root)), = called
-    assert register is serve.register and root == str(ROOT)
+    choice = ("--choose", "DPP", "--keep", "25%")
+    run(serve.main, TINY, "--port", 8000, *choice, "--max-model-len=512")
+
+    assert plugins == [serve.register]
+    [search_path] = search_paths
+    assert search_path[1] == str(ROOT)
+    [argv] = command_lines
     assert argv[:4] == ["vllm", "serve", str(TINY), "--hf-overrides"]
     assert argv[5:] == ["--port", "8000", "--max-model-len=512"]
-    assert json.loads(argv[4]) == {"architectures": ["LlavaPruned"], "pruner": None, "choose": "DPP", "keep": "25%",
-                                   "mrope_section": [1, 1, 1]}
+    assert json.loads(argv[4]) == {
+        "architectures": ["LlavaPruned"],
+        "pruner": None,
+        "choose": "DPP",
+        "keep": "25%",
+        "mrope_section": [1, 1, 1],
+    }
 
 
-def test_an_engine_is_asked_as_infer_asks_and_its_answers_keep_their_order(vlm, tmp_path, monkeypatch):
-    class Echo:
-        """Answers each prompt with itself."""
+class Echo:
+    """An engine that answers each prompt with the prompt itself."""
 
-        def generate(self, asked, limits, use_tqdm):
-            for prompt, limit in zip(asked, limits):
-                seen.append((prompt["prompt_token_ids"], limit.max_tokens))
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=p["prompt_token_ids"])]) for p in asked]
+    def __init__(self):
+        self.requests = []  # (token ids, new tokens at most)
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
-    seen, rows, config = [], questions.read_questions(drawn(tmp_path)), vlm.model.config
-    parts = list(serve.answers(Echo(), rows, vlm.processor, config, 7, 900))
+    def generate(self, prompts, limits, use_tqdm):
+        outputs = []
+        for prompt, limit in zip(prompts, limits):
+            ids = prompt["prompt_token_ids"]
+            self.requests.append((ids, limit.max_tokens))
+            completion = SimpleNamespace(token_ids=ids)
+            outputs.append(SimpleNamespace(outputs=[completion]))
+        return outputs
+
+
+def test_an_engine_is_asked_as_infer_asks_and_its_answers_keep_their_order(
+        vlm, tmp_path, monkeypatch):
+    vllm = SimpleNamespace(SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    rows = questions.read_questions(drawn(tmp_path))
+    echo = Echo()
+    parts = list(serve.answers(echo, rows, vlm.processor, vlm.model.config, 7, 900))
     assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
-    for (i, answer), row, (ids, most) in zip(sum(parts, []), rows, seen, strict=True):
-        whole = vlm.inputs([SCENES[0]], [row["text"]])["input_ids"][0].tolist()
-        at = whole.index(vlm.image_id)
-        assert ids == whole[:at] + whole[at + 143:] and row["text"] in answer
-        assert rows[i] is row and most == min(900, vlm.context - len(whole))
-    for text in ("a <image>", "star " * 900, "\ud800"):
-        row = {"text": text, "where": "q.jsonl: line 1"}
-        complaint("^q.jsonl: line 1: ", serve.prompt_of, row, vlm.processor, config, 9)
-    monkeypatch.setattr(serve, "start", None)  # a fault is found before the engine starts
-    files.write(tmp_path / "bad.jsonl", [question(), question(text="a <image>")])
-    args = SimpleNamespace(questions=tmp_path / "bad.jsonl", images=PICTURES, model=TINY, max_new_tokens=9)
-    complaint("bad.jsonl: line 2: ", serve.answer_questions, args, TINY, config, {}, [])
+    answers = list(itertools.chain(*parts))
+    for (i, answer), row, request in zip(answers, rows, echo.requests, strict=True):
+        assert rows[i] is row
+        assert row["text"] in answer
+        prompt = vlm.inputs([SCENES[0]], [row["text"]])["input_ids"]
+        full = prompt[0].tolist()
+        at = full.index(vlm.image_id)
+        one_place = full[:at] + full[at + 143:]  # vLLM lays out the others
+        assert request == (one_place, min(900, vlm.context - len(full)))
+
+
+@pytest.mark.parametrize("text", ["a <image>", "star " * 900, "\ud800"])
+def test_an_engine_refuses_a_text_that_is_no_question(text, vlm):
+    row = {"text": text, "where": "q.jsonl: line 1"}
+    complaint("^q.jsonl: line 1: ", serve.prompt_of, row, vlm.processor, vlm.model.config, 9)
+
+
+def test_a_faulty_question_is_found_before_the_engine_starts(vlm, tmp_path, monkeypatch):
+    vllm = SimpleNamespace(SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(serve, "start", None)
+    source = tmp_path / "bad.jsonl"
+    files.write(source, [question(), question(text="a <image>")])
+    args = SimpleNamespace(questions=source, images=PICTURES, model=TINY, max_new_tokens=9)
+    complaint(
+        "bad.jsonl: line 2: ",
+        serve.answer_questions, args, TINY, vlm.model.config, {}, [])
 
 
 # vLLM's own part: a server for each family, asked over HTTP as anybody would, against stock transformers
