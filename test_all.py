@@ -4910,211 +4910,384 @@ def test_a_faulty_question_is_found_before_the_engine_starts(vlm, tmp_path, monk
         serve.answer_questions, args, TINY, vlm.model.config, {}, [])
 
 
-# vLLM's own part: a server for each family, asked over HTTP as anybody would, against stock transformers
+# vLLM's own part: a server for each family, asked over HTTP as anybody would ask it, against stock
+# transformers.
 
-VISION = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=128, patch_size=8)
-TEXT = {**LLAMA, "vocab_size": VOCAB + 4, "hidden_size": 128, "num_hidden_layers": 3, "head_dim": 32,
-        "max_position_embeddings": 2048}
-SERVED = {  # heads of 32: vLLM's kernels for CPUs take no smaller ones
-    "llava": None,  # the embedded default
-    "qwen2_5_vl": dict(
-        vision_config={**VISION, "window_size": 32, "fullatt_block_indexes": [1]},
-        text_config={**TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": {**MROPE, "mrope_section": [4, 6, 6]}}),
-    "qwen3_vl": dict(
-        vision_config={**VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-        text_config={**TEXT, "model_type": "qwen3_vl_text",
-                     "rope_parameters": {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}),
+QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
 }
-SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+SERVED_VISION = {**QWEN_EYE, "out_hidden_size": 128}
+SERVED_TEXT = {
+    **LLAMA,
+    "vocab_size": VOCAB + 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "head_dim": 32,  # vLLM's kernels for CPUs take no smaller heads
+    "max_position_embeddings": 2048,
+}
+SERVED = {  # beside the LLaVA that ships
+    "qwen2_5_vl": dict(
+        vision_config={
+            **SERVED_VISION,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={
+            **SERVED_TEXT,
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": {**MROPE, "mrope_section": [4, 6, 6]},
+        },
+    ),
+    "qwen3_vl": dict(
+        vision_config={
+            **SERVED_VISION,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+        },
+        text_config={
+            **SERVED_TEXT,
+            "model_type": "qwen3_vl_text",
+            "rope_parameters": {
+                **MROPE,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+}
 
 
 def random_weights(model):
     for name, p in model.named_parameters():
-        if p.dim() > 1 or name.endswith("bias"):
+        is_matrix = p.dim() > 1
+        if is_matrix or name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.2)
     return model
 
 
-def servable(kind, folder):
-    """(folder of a tiny model, its pruner's): random, but for the embedded LLaVA."""
-    if kind == "llava":
-        return TINY, ROOT / "data/shapes/pruner"
-    names = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
-    ids = dict(zip(names, range(VOCAB, VOCAB + 4)))
-    config = AutoConfig.for_model(kind, **ids, **SERVED[kind], tie_word_embeddings=False)
-    random_weights(AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(TINY, image_token=SPECIAL[0])  # else vLLM takes LLaVA's
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    tokenizer.chat_template = TEMPLATE.replace("<image>", SPECIAL[0])
+def save_random_pruner(width, model, folder):
+    folder.mkdir()
+    files.write(folder / "pruner.json", {
+        "model": str(model),
+        "width": width,
+        "tokens": None,
+        "keep": "33%",
+        "choose": "distinct",
+    })
+    scorer = random_weights(Scorer(width))
+    files.write(folder / "scorer.safetensors", scorer.state_dict())
+
+
+def save_qwen_processor(folder):
+    special = list(QWEN_TOKENS.values())
+    image_token = special[0]
+    # without image_token= vLLM would take LLaVA's
+    tokenizer = AutoTokenizer.from_pretrained(TINY, image_token=image_token)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = TEMPLATE.replace("<image>", image_token)
     tokenizer.save_pretrained(folder)
     sizes = dict(shortest_edge=256, longest_edge=9216)
     Qwen2VLImageProcessorPil(patch_size=8, size=sizes).save_pretrained(folder)
-    width = serve.width_of(config)
-    settings = dict(model=str(folder), width=width, tokens=None, keep="33%", choose="distinct")
-    (folder / "pruner").mkdir()
-    files.write(folder / "pruner/pruner.json", settings)
-    files.write(folder / "pruner/scorer.safetensors", random_weights(Scorer(width)).state_dict())
+
+
+def model_and_pruner(kind, folder):
+    """The folders of a tiny model and of its pruner: the LLaVA that ships, or a random Qwen."""
+    if kind == "llava":
+        return TINY, ROOT / "data/shapes/pruner"
+    ids = {field: VOCAB + i for i, field in enumerate(QWEN_TOKENS)}
+    config = AutoConfig.for_model(kind, **ids, **SERVED[kind], tie_word_embeddings=False)
+    model = AutoModelForImageTextToText.from_config(config)
+    random_weights(model).save_pretrained(folder)
+    save_qwen_processor(folder)
+    save_random_pruner(serve.width_of(config), folder, folder / "pruner")
     return folder, folder / "pruner"
 
 
 class Stock:
-    """What the stock model answers, greedily, with the dropped tokens masked in the full sequence."""
+    """The stock model, which reads full sequences in which the dropped tokens are masked."""
 
-    def __init__(self, folder, scorer):
+    def __init__(self, folder, trained):
         self.model = AutoModelForImageTextToText.from_pretrained(folder).float().eval()
-        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.tokenizer, self.scorer = AutoTokenizer.from_pretrained(folder), pruner.load_pruner(scorer)[0]
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.scorer, _ = pruner.load_pruner(trained)
         self.image_id = self.model.config.image_token_id
 
     def features(self, pixel_values, image_grid_thw=None):
-        """X (1, N, d_v): LLaVA's before the projector, else what enters the LLM, deepstack's levels beside it."""
+        """X (1, N, d_v): LLaVA's before the projector, the Qwens' as they enter the LLM, with
+        deepstack's levels beside them."""
+        inner = self.model.model
         if image_grid_thw is None:
-            return self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
-        seen = self.model.model.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True)
-        return torch.cat([seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])], -1)[None]
+            outputs = inner.vision_tower(pixel_values, output_hidden_states=True)
+            return outputs.hidden_states[-2][:, 1:]
+        outputs = inner.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True)
+        levels = getattr(outputs, "deepstack_features", None) or []
+        return torch.cat([outputs.pooler_output, *levels], -1)[None]
+
+    def mask_of_picture(self, pixels, keep):
+        """(N,): 1 for each token that the pruner keeps, 0 for the others."""
+        X = self.features(**pixels)
+        N = X.shape[1]
+        K = Budget.parse(keep).of(N)
+        [places] = select(distinct(self.scorer(X), X), K)
+        return torch.zeros(N).index_fill(0, places, 1).long()
+
+    def prompt(self, count, text):
+        """Token ids of a question about so many pictures, each of them a single token."""
+        content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
+        image_token = self.tokenizer.decode([self.image_id])
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=TEMPLATE.replace("<image>", image_token),
+            add_generation_prompt=True,
+            tokenize=False)
+        return self.tokenizer(chat).input_ids
+
+    def positions(self, ids, pixels):
+        if "image_grid_thw" not in pixels:
+            return torch.arange(ids.shape[1])[None]
+        visual = ids == self.image_id
+        positions, _ = self.model.model.get_rope_index(
+            ids, visual.int(), pixels["image_grid_thw"], attention_mask=torch.ones_like(ids))
+        return positions
+
+    def inputs(self, pictures, text, keep):
+        processed = [self.image_processor(p, return_tensors="pt") for p in pictures]
+        masks = [self.mask_of_picture(pixels, keep) for pixels in processed]
+        counts = (len(mask) for mask in masks)
+        row = []
+        for i in self.prompt(len(pictures), text):
+            repeats = next(counts) if i == self.image_id else 1
+            row += [i] * repeats
+        ids = torch.tensor([row])
+        visual = ids == self.image_id
+        pixels = {name: torch.cat([p[name] for p in processed]) for name in processed[0]}
+        return {
+            **pixels,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids).masked_scatter(visual, torch.cat(masks)),
+            "position_ids": self.positions(ids, pixels),
+        }
 
     @torch.no_grad()
-    def answer(self, pictures, text, keep, most=8):
-        """(its token ids, log-probabilities of the first)."""
-        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
-        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  chat_template=TEMPLATE.replace("<image>", self.tokenizer.decode(
-                                                      [self.image_id])), add_generation_prompt=True)
-        read = [self.images(picture, return_tensors="pt") for picture in pictures]
-        shown, places = [], []
-        for pixels in read:
-            X = self.features(**pixels)
-            N = X.shape[1]
-            kept = select(distinct(self.scorer(X), X), Budget.parse(keep).of(N))[0]
-            shown.append(torch.zeros(N).index_fill(0, kept, 1).long())
-            places.append([self.image_id] * N)
-        left = iter(places)
-        ids = sum((next(left) if i == self.image_id else [i] for i in self.tokenizer(chat).input_ids), [])
-        ids = torch.tensor([ids])
-        visual = ids == self.image_id
-        mask = torch.ones_like(ids).masked_scatter(visual, torch.cat(shown))
-        given = {name: torch.cat([pixels[name] for pixels in read]) for name in read[0]}
-        positions = torch.arange(ids.shape[1])[None]
-        if "image_grid_thw" in given:
-            positions, _ = self.model.model.get_rope_index(ids, visual.int(), given["image_grid_thw"],
-                                                           attention_mask=torch.ones_like(ids))
-        answer, first = [], None
-        while len(answer) < most and answer[-1:] != [2]:
-            logits = self.model(**given, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-            best = logits.logits[0, -1].log_softmax(-1)
-            first = best if first is None else first
-            if best.argmax() == self.image_id:
-                break  # random weights may say it, and cannot read it again
-            answer.append(best.argmax().item())
-            ids = torch.cat([ids, best.argmax().view(1, 1)], 1)
-            mask = F.pad(mask, (0, 1), value=1)
-            positions = torch.cat([positions, positions.max().add(1).expand_as(positions[..., :1])], -1)
-        return answer, first
+    def answer(self, pictures, text, keep):
+        """(token ids of the greedy answer, log-probabilities of the first)."""
+        inputs = self.inputs(pictures, text, keep)
+        answer = []
+        first_scores = None
+        while len(answer) < 8 and answer[-1:] != [2]:
+            logits = self.model(**inputs, use_cache=False).logits
+            scores = logits[0, -1].log_softmax(-1)
+            if first_scores is None:
+                first_scores = scores
+            token = scores.argmax()
+            if token == self.image_id:
+                break  # random weights may choose it, and cannot read it again
+            answer.append(token.item())
+            inputs = followed_by(token, inputs)
+        return answer, first_scores
+
+
+def followed_by(token, inputs):
+    positions = inputs["position_ids"]
+    position = positions.max() + 1
+    position = position.expand_as(positions[..., :1])
+    return {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], token.view(1, 1)], 1),
+        "attention_mask": F.pad(inputs["attention_mask"], (0, 1), value=1),
+        "position_ids": torch.cat([positions, position], -1),
+    }
+
+
+def data_url(content):
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def png_url(picture):
     file = io.BytesIO()
     picture.save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(file.getvalue())
 
 
 def post(port, urls, text, **options):
-    """(HTTP status, what the server says)."""
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": text}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8,
-            "add_special_tokens": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
-            "logprobs": True, "top_logprobs": 5, **options}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+    """(HTTP status, the server's reply or the message of its error)."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": text})
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 8,
+        "add_special_tokens": True,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "logprobs": True,
+        "top_logprobs": 5,
+        **options,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as e:
-        return e.code, json.load(e)["error"]["message"]
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["message"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_until_healthy(port, process, log):
+    while True:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+            return
+        except OSError:
+            time.sleep(1)
 
 
 @contextlib.contextmanager
 def server(log, *argv):
     """The port of `python -m eval.serve` with these arguments, once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "eval.serve", *map(str, argv), "--host", "127.0.0.1", "--port", str(port)]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENGINE_READY_TIMEOUT_S": "1800"}
+    port = free_port()
+    arguments = [str(argument) for argument in argv]
+    command = [sys.executable, "-m", "eval.serve", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "1800",
+    }
     with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings,
+            stdout=out, stderr=out, start_new_session=True)
     try:
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
-                break
-            except OSError:
-                time.sleep(1)
+        wait_until_healthy(port, process, log)
         yield port
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-@pytest.mark.parametrize("kind, flags", [("llava", []), ("qwen2_5_vl", ["--tensor-parallel-size", 2]),
-                                         ("qwen3_vl", ["--long-prefill-token-threshold", 7])])
+def replies_to(requests, port, keep=None):
+    """(status, reply) of each request, (pictures, text): all at once, eight at a time."""
+    def reply_to(request):
+        pictures, text = request
+        urls = [png_url(picture) for picture in pictures]
+        return post(port, urls, text, **options)
+
+    options = {}
+    if keep:
+        options["mm_processor_kwargs"] = {"keep": keep}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(reply_to, requests))
+
+
+def check_replies(stock_model, requests, port, keep=None):
+    """The answers are those of the stock model, and so are the first token's log-probabilities."""
+    replies = replies_to(requests, port, keep)
+    for (pictures, text), (status, reply) in zip(requests, replies):
+        assert status == 200, reply
+        assert reply["usage"]["prompt_tokens"] < 512
+        choice = reply["choices"][0]
+        answer, first_scores = stock_model.answer(pictures, text, keep or "11.1%")
+        assert choice["token_ids"][:len(answer)] == answer
+        first_token = choice["logprobs"]["content"][0]
+        for best in first_token["top_logprobs"]:
+            number = int(best["token"].split(":")[1])
+            score = first_scores[number].item()
+            assert best["logprob"] == pytest.approx(score, abs=1e-3)
+
+
+def check_refusals(kind, picture, port):
+    def refused(words, urls, **options):
+        status, message = post(port, urls, "?", **options)
+        assert status == 400
+        assert words in message
+        assert "\n" not in message
+
+    def refused_budget(words, keep):
+        refused(words, [url], mm_processor_kwargs={"keep": keep})
+
+    url = png_url(picture)
+    refused_budget("no budget on average", "~10")
+    refused_budget("is no budget", "lots")
+    refused_budget("is no budget", 0)
+    refused("Failed to load image", [data_url(b"no picture")])
+    if kind == "llava":
+        refused("1024", 8 * [url])  # 8 x 144 positions
+        refused_budget("144 visual tokens", 145)
+
+
+SERVER_FLAGS = (
+    "--keep", "11.1%",
+    "--served-model-name", "tiny",
+    "--dtype", "float32",
+    "--enforce-eager",
+    "--max-model-len", 512,
+    "--max-num-batched-tokens", 512,
+    "--block-size", 32,
+    "--trust-request-mm-kwargs",
+)
+
+
+@pytest.mark.parametrize("kind, flags", [
+    ("llava", ()),
+    ("qwen2_5_vl", ("--tensor-parallel-size", 2)),
+    ("qwen3_vl", ("--long-prefill-token-threshold", 7)),
+])
 def test_vllm_answers_as_the_stock_model_with_dropped_tokens_masked(kind, flags, tmp_path):
     pytest.importorskip("vllm")
-    folder, trained = servable(kind, tmp_path)
-    stock = Stock(folder, trained)
-    pictures = [shapes.draw_scene(f"test-{i}")[0].resize(SIZES[i % 3]) for i in range(20)]
-    single = [([pictures[i // 3]], QUESTIONS[i % 3]) for i in range(60)]
-    double = [([pictures[i], pictures[(7 * i + 3) % 20]], QUESTIONS[i % 3]) for i in range(12)]
-    with server(tmp_path / "log", folder, "--pruner", trained, "--keep", "11.1%", "--served-model-name", "tiny",
-                "--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-batched-tokens", 512,
-                "--block-size", 32, "--trust-request-mm-kwargs", *flags) as port:
+    folder, trained = model_and_pruner(kind, tmp_path)
+    stock_model = Stock(folder, trained)
+    pictures = []
+    for i in range(20):
+        scene, _ = shapes.draw_scene(f"test-{i}")
+        pictures.append(scene.resize(SIZES[i % 3]))
+    about_one = [([pictures[i // 3]], QUESTIONS[i % 3]) for i in range(60)]
+    about_two = []
+    for i in range(12):
+        pair = [pictures[i], pictures[(7 * i + 3) % 20]]
+        about_two.append((pair, QUESTIONS[i % 3]))
 
-        def check(asked, keep=None, stated=None):
-            """All at once, eight at a time, against the stock model: answers and log-probabilities."""
-            options = {"mm_processor_kwargs": {"keep": keep}} if keep else {}
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                got = list(pool.map(lambda one: post(port, map(png_url, one[0]), one[1], **options), asked))
-            for one, (status, reply) in zip(asked, got):
-                assert status == 200, reply
-                answer, first = stock.answer(*one, keep or "11.1%")
-                choice = reply["choices"][0]
-                assert choice["token_ids"][:len(answer)] == answer
-                for best in choice["logprobs"]["content"][0]["top_logprobs"]:
-                    assert best["logprob"] == pytest.approx(first[int(best["token"].split(":")[1])].item(), abs=1e-3)
-                assert reply["usage"]["prompt_tokens"] < 512
-
-        check(single)
-        check(single[:30])  # from the caches
+    argv = (folder, "--pruner", trained, *SERVER_FLAGS, *flags)
+    with server(tmp_path / "log", *argv) as port:
+        check_replies(stock_model, about_one, port)
+        check_replies(stock_model, about_one[:30], port)  # from the caches
         for keep in ("50%", "1", "all", "10"):  # of the same pictures
-            check(single[:9], keep)
-        check(double)
-        check(double[:6], "10")
-        damaged = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
-        refusals = [(post(port, [png_url(pictures[0])], "?", mm_processor_kwargs={"keep": keep}), words)
-                    for keep, words in (("~10", "no budget on average"), ("lots", "is no budget"), (0, "is no budget"))]
-        refusals.append((post(port, [damaged], "?"), "Failed to load image"))
-        if kind == "llava":
-            refusals.append((post(port, 8 * [png_url(pictures[0])], "?"), "1024"))  # 8 x 144 positions
-            too_many = post(port, [png_url(pictures[0])], "?", mm_processor_kwargs={"keep": 145})
-            refusals.append((too_many, "144 visual tokens"))
-        for (status, sentence), words in refusals:
-            assert status == 400 and words in sentence and "\n" not in sentence
-        check(single[:3])
+            check_replies(stock_model, about_one[:9], port, keep)
+        check_replies(stock_model, about_two, port)
+        check_replies(stock_model, about_two[:6], port, "10")
+        check_refusals(kind, pictures[0], port)
+        check_replies(stock_model, about_one[:3], port)  # a refusal changes nothing
 
 
-def test_vllm_gives_the_answers_of_infer(vlm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", ["16", "all"])
+def test_vllm_gives_the_answers_of_infer(keep, tmp_path, monkeypatch):
     pytest.importorskip("vllm")
-    for setting in ("CPU_KVCACHE_SPACE=1", "ENABLE_V1_MULTIPROCESSING=0", "CPU_OMP_THREADS_BIND=nobind"):
-        monkeypatch.setenv(*f"VLLM_{setting}".split("="))
-    asked, flags = drawn(tmp_path), ("--dtype", "float32", "--enforce-eager")
-    for keep in ("16", "all"):
-        choice = ("--pruner", ROOT / "data/shapes/pruner", "--keep", keep, "--questions", asked, "--overwrite")
-        run(infer.main, *choice, "--answers", tmp_path / "infer.jsonl", "--device", "cpu")
-        run(serve.main, TINY, *choice, "--answers", tmp_path / "vllm.jsonl", *flags)
-        said = [[json.loads(line)["text"] for line in open(tmp_path / f"{name}.jsonl")] for name in ("infer", "vllm")]
-        assert said[0] == said[1] and len(said[0]) == 30
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    choice = ("--pruner", ROOT / "data/shapes/pruner", "--keep", keep)
+    common = (*choice, "--questions", drawn(tmp_path), "--answers")
+    by_infer = tmp_path / "infer.jsonl"
+    by_vllm = tmp_path / "vllm.jsonl"
+    run(infer.main, *common, by_infer, "--device", "cpu")
+    run(serve.main, TINY, *common, by_vllm, "--dtype", "float32", "--enforce-eager")
+    assert texts_of(by_vllm) == texts_of(by_infer)
+    assert len(texts_of(by_infer)) == 30
 
 
 # --- the README -----------------------------------------------------------------------------------
