@@ -4709,7 +4709,7 @@ def test_in_an_engine_kept_tokens_stand_where_they_stood(kind, mixin, grids, mon
     Z = torch.cat(model.embed_multimodal(grid=grid, X=[first, second]))  # (8, 1 + 4)
     assert Z[:, 0].tolist() == [0, 7, 14, 101, 102, 105, 106, 107]
 
-    # not in their order
+    # their order must not matter
     pictures = [picture_in_a_prompt(8, grid[1]), picture_in_a_prompt(3, grid[0])]
     begins, ahead = model.get_mrope_input_positions([1] * L, pictures)
     assert ahead == positions.max() + 1 - L  # a further token's position, less its number
@@ -4961,6 +4961,7 @@ SERVED = {  # beside the LLaVA that ships
 
 
 def random_weights(model):
+    """Larger weights than usual, so that a wrong token shows in the answer."""
     for name, p in model.named_parameters():
         is_matrix = p.dim() > 1
         if is_matrix or name.endswith("bias"):
@@ -5055,6 +5056,7 @@ class Stock:
         return positions
 
     def inputs(self, pictures, text, keep):
+        """The full sequence; its attention_mask hides the tokens that are dropped."""
         processed = [self.image_processor(p, return_tensors="pt") for p in pictures]
         masks = [self.mask_of_picture(pixels, keep) for pixels in processed]
         counts = (len(mask) for mask in masks)
@@ -5064,11 +5066,12 @@ class Stock:
             row += [i] * repeats
         ids = torch.tensor([row])
         visual = ids == self.image_id
+        mask = torch.ones_like(ids).masked_scatter(visual, torch.cat(masks))
         pixels = {name: torch.cat([p[name] for p in processed]) for name in processed[0]}
         return {
             **pixels,
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids).masked_scatter(visual, torch.cat(masks)),
+            "attention_mask": mask,
             "position_ids": self.positions(ids, pixels),
         }
 
@@ -5092,6 +5095,7 @@ class Stock:
 
 
 def followed_by(token, inputs):
+    """The inputs of the next step: the token, (), stands behind all others."""
     positions = inputs["position_ids"]
     position = positions.max() + 1
     position = position.expand_as(positions[..., :1])
@@ -5198,11 +5202,11 @@ def replies_to(requests, port, keep=None):
 def check_replies(stock_model, requests, port, keep=None):
     """The answers are those of the stock model, and so are the first token's log-probabilities."""
     replies = replies_to(requests, port, keep)
-    for (pictures, text), (status, reply) in zip(requests, replies):
+    for request, (status, reply) in zip(requests, replies):
         assert status == 200, reply
         assert reply["usage"]["prompt_tokens"] < 512
         choice = reply["choices"][0]
-        answer, first_scores = stock_model.answer(pictures, text, keep or "11.1%")
+        answer, first_scores = stock_model.answer(*request, keep or "11.1%")
         assert choice["token_ids"][:len(answer)] == answer
         first_token = choice["logprobs"]["content"][0]
         for best in first_token["top_logprobs"]:
