@@ -590,6 +590,14 @@ def test_gate_survives_degenerate_features_and_both_ends_of_alpha():
     assert vp_gate(all_alike[None, :6], alpha, *other_statistics).isfinite().all()
 
 
+def test_a_direction_that_the_sample_lacks_gets_a_little_noise():
+    """A hundred millionth of the largest variance; the deviation is the root of that."""
+    three_directions = torch.randn(40, 3) @ torch.randn(3, 16)
+    _, L = whitening(three_directions)
+    deviations = torch.linalg.svdvals(L)  # descending
+    close(deviations[3:] / deviations[0], torch.full((13,), 1e-4), atol=1e-5)
+
+
 def test_channel_noise_leaks_and_whitened_noise_does_not(features):
     """The share of x that a linear map of x̃ explains.
 
@@ -627,6 +635,48 @@ def test_our_attention_is_torchs_own():
     })
     expected, _ = torchs(x, x, x)
     close(ours(x), expected, atol=1e-5)
+
+
+NAMES_IN_TORCH = {
+    "attn.qkv.": "self_attn.in_proj_",
+    "attn.out.": "self_attn.out_proj.",
+    "mlp.0.": "linear1.",
+    "mlp.2.": "linear2.",
+}
+
+
+def named_as_in_torch(block):
+    """The weights of a Block by the names of torch.nn.TransformerEncoderLayer."""
+    weights = {}
+    for name, tensor in block.state_dict().items():
+        for ours, torchs in NAMES_IN_TORCH.items():
+            name = name.replace(ours, torchs)
+        weights[name] = tensor
+    return weights
+
+
+def test_a_scorer_is_torchs_own_transformer_and_a_linear_head():
+    """Two pre-norm blocks, heads of 64. Padding is no key, and scores -inf."""
+    scorer = Scorer(128).requires_grad_(False)
+    for p in scorer.parameters():
+        p += 0.1 * torch.randn_like(p)
+    layer = torch.nn.TransformerEncoderLayer(
+        128, 2, 512, dropout=0, activation="gelu", batch_first=True, norm_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(128), False)
+    for block, torchs in zip(scorer.blocks, encoder.layers, strict=True):
+        torchs.load_state_dict(named_as_in_torch(block))
+    encoder.norm.load_state_dict(scorer.norm.state_dict())
+    X = 5 * torch.randn(3, 11, 128)
+    valid = torch.arange(11) < torch.tensor([11, 7, 1])[:, None]
+    encoded = encoder(X, src_key_padding_mask=~valid)
+    expected = encoded @ scorer.head.weight[0] + scorer.head.bias
+    found = scorer(X, valid)
+    close(found[valid], expected[valid], atol=1e-4)
+    assert found[~valid].isneginf().all()
+    assert scorer(X)[0].allclose(found[0], atol=1e-4)
+    with torch.device("meta"):
+        wide = Scorer(1030)
+    assert wide.inp.out_features == wide.head.in_features == 1024
 
 
 def test_diagonal_attention_is_torchs_own_under_a_diagonal_mask():
