@@ -767,6 +767,12 @@ def test_greedy_choices_are_their_definitions_written_out():
         assert covered(first, others) == pytest.approx(covered(best, next_best), rel=1e-5)
 
 
+def test_the_longest_features_are_kept():
+    lengths = torch.tensor([[3, 1, 4, 2, 9, 5, 6], [7, 6, 5, 4, 3, 2, 1]])
+    X = F.normalize(torch.randn(2, 7, 5), dim=-1) * lengths[..., None]
+    assert criteria.feature_norm(X, 3).tolist() == [[4, 5, 6], [0, 1, 2]]
+
+
 @pytest.mark.parametrize("choose", [criteria.max_min_diversity, criteria.dpp, criteria.coverage])
 def test_greedy_choices_take_no_token_twice_even_if_all_are_alike(choose):
     alike = torch.ones(2, 30, 3)
@@ -1060,6 +1066,40 @@ def test_scenes_are_unambiguous_and_splits_disjoint():
             pixel = image.getpixel((round(o["x"]), round(o["y"])))
             distance = {name: math.dist(pixel, rgb) for name, rgb in shapes.COLORS.items()}
             assert min(distance, key=distance.get) == o["color"]
+            assert o["place"] == place_of(o["x"], o["y"])
+
+
+def place_of(x, y):
+    """In which quarter of a scene of 96 x 96 pixels a point lies."""
+    row = "top" if y < 48 else "bottom"
+    column = "left" if x < 48 else "right"
+    return f"{row} {column}"
+
+
+def test_captions_and_answers_tell_what_is_in_the_scene():
+    star = dict(color="orange", shape="star", place="top left")
+    cross = dict(color="blue", shape="cross", place="bottom right")
+    number = "Two shapes: "
+    first, second = "an orange star at the top left", "a blue cross at the bottom right"
+    both = {f"{number}{first} and {second}.", f"{number}{second} and {first}."}
+    captions, asked, named = set(), set(), set()
+    for seed in range(200):
+        captions.add(shapes.caption([star, cross], random.Random(seed)))
+        kinds = shapes.questions([star, cross], random.Random(seed))
+        asked |= {(text, answer) for kind, text, answer in kinds if kind != "exists"}
+        named |= {(text, answer) for kind, text, answer in kinds if kind == "exists"}
+    assert captions == both
+    assert shapes.caption([star], random.Random(0)) == f"One shape: {first}."
+    assert asked == {
+        ("What color is the star?", "orange"), ("What color is the cross?", "blue"),
+        ("What shape is the orange thing?", "star"), ("What shape is the blue thing?", "cross"),
+        ("Where is the star?", "top left"), ("Where is the cross?", "bottom right"),
+        ("How many shapes are there?", "two"),
+    }
+    there = {"Is there an orange star?", "Is there a blue cross?"}
+    assert {text for text, answer in named if answer == "yes"} == there
+    absent = {text for text, answer in named if answer == "no"}
+    assert {"Is there a blue star?", "Is there an orange cross?"} < absent - there
 
 
 def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatch):
@@ -1067,6 +1107,8 @@ def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatc
     one_of_each = dict.fromkeys(shapes.SPLITS, 1)
     picture = shapes.prepare(one_of_each) / "test/00000.jpg"
     drawn = picture.read_bytes()
+    contents = {path.read_bytes() for path in tmp_path.glob("*/*.jpg")}
+    assert len(contents) == 4, "no scene is in two splits"
     for path in tmp_path.rglob("*.*"):
         path.write_bytes(b"{}")
     picture = shapes.prepare(one_of_each) / "test/00000.jpg"
@@ -3982,6 +4024,8 @@ def measured_and_printed(folder, options, capsys):
 ])
 def test_accuracy_is_that_of_what_infer_answers(options, name, tmp_path, capsys):
     measured, printed = measured_and_printed(tmp_path, options, capsys)
+    for row in {"all 144", name} - {"norm 16"}:  # what the model and the pruner have learned
+        assert sum(measured[row].values()) > 0.95 * 5, row
     for kind, share in measured[name].items():
         assert f"{100 * share:.1f}" == printed[kind]
     first_line = (tmp_path / "answers.jsonl").read_text().splitlines()[0]
