@@ -4227,6 +4227,34 @@ def test_stages_answers_and_ratios_of_bench_by_hand(monkeypatch):
     })
 
 
+def test_medians_and_percentiles_are_of_the_passes_after_two_warm_up():
+    """Eleven passes: 1 to 10 ms, and one of 1,000 ms, which would move a mean."""
+    ms = iter([5000, 4000, 1000, 7, 2, 9, 4, 6, 3, 8, 5, 10, 1])
+    found = bench.in_turn({"row": lambda clock: {"prefill": next(ms)}}, 11, "cpu")
+    assert found == {"row": {"prefill": {"median": 6, "p10": 2, "p90": 10}}}
+
+
+def test_a_gpus_clock_is_read_when_the_gpu_is_through(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.ms = next(ms)
+
+        def elapsed_time(self, end):
+            assert waited, "an event that is still to come has no time"
+            return end.ms - self.ms
+
+    ms, waited = iter([5, 25, 125]), []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    clock = bench.Clock("cuda")
+    clock.mark("encode")
+    clock.mark("prefill")
+    assert clock.read() == {"start": 0, "encode": 20, "prefill": 120}
+
+
 def gradients(*modules):
     """Copies of the gradients of all parameters; they are set to zero."""
     copies = []
@@ -4295,8 +4323,9 @@ def test_calls_are_counted_but_not_views():
 def test_launches_are_counted_where_there_is_no_gpu(capsys):
     run(bench.main, "--count", "--keep", "11.1%", "--words", 2)
     lines = capsys.readouterr().out.splitlines()
-    rows = [re.split(r"  +", line) for line in lines if line.startswith("64 ")]
-    eager, graphs = rows
+    rows = [re.split(r"  +", line) for line in lines if line.startswith(("576 ", "64 "))]
+    all_eager, all_graphs, eager, graphs = rows
+    assert all_eager[4] == all_graphs[4] == "0", "nothing is to be chosen of all tokens"
     for column in (6, 8):  # prefill, one further token
         assert int(eager[column]) > 1000
         assert int(graphs[column]) < 10
