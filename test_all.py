@@ -75,6 +75,7 @@ from common.weights import one_line, time_limit
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
 from model import VLM, Llava, load
+from results import draw, report, study
 from throttler import Attention, Scorer
 from throttler import distinct, select, soft_top_k, standardised, vp_gate, whitening
 
@@ -5415,6 +5416,197 @@ def test_vllm_gives_the_answers_of_infer(keep, tmp_path, monkeypatch):
     run(serve.main, TINY, *common, by_vllm, "--dtype", "float32", "--enforce-eager")
     assert texts_of(by_vllm) == texts_of(by_infer)
     assert len(texts_of(by_infer)) == 30
+
+
+# --- results --------------------------------------------------------------------------------------
+
+def test_the_page_of_results_is_what_the_report_makes_of_the_measurements(tmp_path):
+    for path in (ROOT / "results").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    report.report(tmp_path, ROOT / "results/template.md")
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "results/RESULTS.md").read_text()
+
+
+def test_the_report_takes_retention_against_all_tokens_and_names_the_winner():
+    """By hand: 16 random tokens keep 0.5 / 1 and 0.3 / 0.5, which is 55 % on average."""
+    made = {
+        "all 144": {"a": 1.0, "b": 0.5},
+        "random 16": {"a": 0.5, "b": 0.3},
+        "diversity 16": {"a": 0.8, "b": 0.4},
+        "scorer 16": {"a": 0.9, "b": 0.45},
+        "norm 8": {"a": 0.7, "b": 0.35},
+        "scorer 8": {"a": 0.7, "b": 0.35},
+    }
+    table, verdicts = report.accuracy(made)
+    *_, random_row, diversity_row, scorer_row, _, _ = table.splitlines()
+    assert random_row == "| random 16 | 50.0 | 30.0 | 55.0 |"
+    assert scorer_row == "| scorer 16 | 90.0 | 45.0 | 90.0 |"
+    wins = "The scorer wins at 16: it keeps 90.0 %, and diversity 80.0 %."
+    assert verdicts == f"{wins} The scorer does **not** win at 8: it keeps 70.0 %, and norm 70.0 %."
+
+
+def test_the_report_takes_other_numbers_from_their_columns():
+    serving, = report.serving({"576": [10.0, 14.0, 12.0], "64": [5.0, 3.0, 4.0]})
+    *_, few = serving.splitlines()
+    assert few == "| 64 | 4.00 [3.00–5.00] | 3.00× |"
+    planned = {"frozen": 14.0, "activations": 2.5}
+    training = {"images at once": 4, "planned GB": planned, "used GB": 15.0, "seconds a step": 0.5}
+    said, = report.gpu({"training": training})
+    assert said.endswith("4 pictures a step: 16.5 GB planned, 15.0 used, 0.50 s a step.")
+    losses = {"ours": {"loss": [0.25, 0.5], "seeds": 2.0}}
+    table, note = report.study({"tables": {"t": losses}, "digits": {"t": 2}, "notes": ["Note."]})
+    assert table.splitlines()[-1] == "| ours | 0.38 (0.25–0.50) | 2.00 |"
+    assert note == "Note."
+
+
+def test_the_chart_of_accuracy_shows_retention_by_tokens(monkeypatch):
+    def read_json(path, cure):
+        return {"accuracy": {
+            "all 144": {"a": 1.0, "b": 0.5},
+            "scorer 8": {"a": 0.5, "b": 0.5},
+            "scorer 16": {"a": 1.0, "b": 0.4},
+            "scorer ~16": {"a": 0.9, "b": 0.4},
+            "blind": {"a": 0.1, "b": 0.1},
+        }}
+
+    def line_chart(series, *labels, **options):
+        return series
+
+    monkeypatch.setattr(draw, "read_json", read_json)
+    monkeypatch.setattr(draw, "line_chart", line_chart)
+    assert draw.accuracy() == {"scorer": [(16, 90.0), (8, 75.0)]}
+
+
+def test_an_ablation_supports_the_papers_if_it_is_beyond_the_seeds_in_their_direction():
+    table = {
+        "scale gate, by distinct": {"16": [95.0, 96.0]}, "ours, by distinct": {"16": [98.0, 99.0]},
+        "scale gate, by top": {"16": [90.0, 99.0]}, "ours, by top": {"16": [95.0, 97.0]},
+    }
+    beyond = "scale gate: by distinct -3.0 points at 16, beyond the spread of the seeds"
+    within = "by top -1.5 points at 16, within the spread of the seeds"
+    no = "this does **not** support them"
+    sentence = study.against_papers("scale gate", table, -2.3)
+    assert sentence == f"{beyond}: this supports them; {within}: {no}. The papers have -2.3."
+    sentence = study.against_papers("scale gate", table, 2.3)
+    assert sentence == f"{beyond}: {no}; {within}: {no}. The papers have +2.3."
+
+
+def test_gumbel_draws_hard_tokens_by_the_softmax_and_has_the_soft_ones_gradient():
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    alpha = study.gumbel_top_k(scores.expand(20_000, 4), 1, 0.5)
+    hard = alpha.round()
+    close(alpha, hard, atol=1e-6)
+    assert hard.unique().tolist() == [0, 1]
+    assert (hard.sum(1) == 1).all()
+    close(hard.mean(0), scores.softmax(0), atol=0.02)
+    scores = torch.randn(3, 9, requires_grad=True)
+    weights = torch.randn(9)
+    torch.manual_seed(1)
+    slope, = torch.autograd.grad((study.gumbel_top_k(scores, 4, 0.5) @ weights).sum(), scores)
+    torch.manual_seed(1)
+    noisy = scores - (-torch.rand(3, 9).log()).log()
+    expected, = torch.autograd.grad((soft_top_k(noisy, 4, 0.5) @ weights).sum(), scores)
+    close(slope, expected, atol=1e-6)
+
+
+def test_the_other_ablations_scale_tokens_and_let_them_see_each_other():
+    X, alpha = torch.ones(1, 2, 3), torch.tensor([[0.25, 1.0]])
+    scaled = study.scale_gate(X, alpha, None, None)
+    assert scaled.tolist() == [[[0.25] * 3, [1.0] * 3]]
+    assert isinstance(study.global_denoiser(16).block.attn, Attention)
+    scores, X = torch.randn(1, 9), torch.randn(1, 9, 4)
+    assert study.distinct_by(2)(scores, X).equal(distinct(scores, X, 2))
+
+
+def test_each_seed_of_a_variant_is_trained_its_own_way(vlm, tmp_path, monkeypatch):
+    trained = []
+
+    def train_spy(options, parts):
+        options.out.mkdir(parents=True)
+        trained.append((options.out.name, options.seed, options.choose, options.keep.count, parts))
+
+    monkeypatch.setattr(study, "train", train_spy)
+    args = SimpleNamespace(seeds=2, ablated=1, steps=3, device="cpu", dtype=None, runs=tmp_path)
+    for _ in range(2):  # what is there is not trained again
+        folders = study.trained(args, vlm, study.VARIANTS)
+    variants = {name: parts for name, (_, parts) in study.VARIANTS.items()}
+    assert trained == [
+        ("ours-0", 0, "distinct", 16, train.Parts()), ("ours-1", 1, "distinct", 16, train.Parts()),
+        ("papers-0", 0, "top", 16, train.Parts()), ("papers-1", 1, "top", 16, train.Parts()),
+        ("Gumbel-0", 0, "distinct", 16, variants["Gumbel"]),
+        ("scale-gate-0", 0, "distinct", 16, variants["scale gate"]),
+        ("global-denoiser-0", 0, "distinct", 16, variants["global denoiser"]),
+    ]
+    assert folders["papers", 1] == tmp_path / "papers-1"
+
+
+def test_the_table_of_ablations_has_each_seeds_own_numbers(vlm, tmp_path, monkeypatch):
+    """Retention is made up: 90, plus the seed, and half as much by the other choice."""
+    folders = {(name, seed): tmp_path / f"{name}-{seed}"
+               for name in study.VARIANTS for seed in range(2)}
+    for (name, seed), folder in folders.items():
+        folder.mkdir()
+        row = {"hardness": 0.9, "soft_loss": 0.5 + seed, "deployed_loss": 0.3}
+        files.write(folder / "log.jsonl", [row | {"soft_loss": 9.0}, row])
+
+    def load_pruner(folder):
+        trained_by = "top" if folder.name.startswith("papers") else "distinct"
+        return Scorer(16), {"choose": trained_by}
+
+    def retained(vlm, rows, ways):
+        kept = {way: (90 + way[1]) / (1 + (way[2] == "top")) for way in ways}
+        return kept, {way: [14, 14, 18] for way in ways}
+
+    def chooser(*_, choose):
+        return None, None
+
+    rows = [dict(image=0, category="count", label="one"), dict(image=0, category="a", label="b"),
+            dict(image=1, category="count", label="four")]
+    for replacement in (load_pruner, retained, chooser):
+        monkeypatch.setattr(study, replacement.__name__, replacement)
+    monkeypatch.setattr(study, "trained", lambda *_: folders)
+    monkeypatch.setattr(study, "embedded", lambda split: rows)
+    made = study.ablations(SimpleNamespace(device="cpu", keep=["16", "~16"]))
+    table = made["tables"]["retention, %, test questions"]
+    assert table["ours, by distinct"] == {"16": [90, 91], "~16": [90, 91]}
+    assert table["Gumbel, by top"] == {"16": [45, 45.5], "~16": "–"}
+    assert table["papers, by top"] == {"16": [45, 45.5], "~16": [45, 45.5]}
+    assert made["tables"]["at the last step"]["ours"] == {
+        "hardness": [0.9, 0.9],
+        "soft loss": [0.5, 1.5],
+        "deployed loss": [0.3, 0.3],
+        "soft - deployed": pytest.approx([0.2, 1.2]),
+    }
+    assert "keeps 18.0 (four), 14.0 (one) tokens (seed 0)" in made["notes"][-1]
+
+
+def test_what_kept_tokens_lie_on_is_counted_by_hand(monkeypatch):
+    """The encoder's longest tokens, which the norm keeps first, are made the objects."""
+    def scenes_and_labels(vlm, split):
+        X = torch.randn(2, 144, 128)
+        order = X.norm(dim=-1).argsort(dim=1, descending=True)
+        lies_on = torch.zeros(2, 144, dtype=torch.int).scatter(1, order[:, :24], 1)
+        return X, lies_on.scatter(1, order[:, :12], 2)
+
+    monkeypatch.setattr(study, "scenes_and_labels", scenes_and_labels)
+    table = study.objects(SimpleNamespace(device="cpu"))["tables"]["kept tokens, %"]
+    shares = {way: list(row.values()) for way, row in table.items()}
+    assert list(table["all"]) == ["on objects", "on strangers", "on background"]
+    assert shares["all"] == pytest.approx([100 / 12, 100 / 12, 1000 / 12])
+    assert shares["norm 16"] == pytest.approx([75, 25, 0])
+    assert shares["norm 4"] == pytest.approx([100, 0, 0])
+
+
+def test_closing_up_positions_costs_most_where_a_place_is_asked_for(tmp_path, monkeypatch):
+    rows = questions.read_questions(drawn(tmp_path))
+    monkeypatch.setattr(study, "embedded", lambda split: rows)
+    made = study.positions(SimpleNamespace(device="cpu"))
+    table, = made["tables"].values()
+    original, closed = table["scorer, original"], table["scorer, closed up"]
+    assert original["where"] == 100
+    assert closed["where"] < 75
+    cost = original["where"] - closed["where"]
+    assert made["notes"] == [f"Closing up costs most in 'where': {cost:.1f} points."]
 
 
 # --- the README -----------------------------------------------------------------------------------
