@@ -3656,7 +3656,8 @@ def test_asking_many_is_asking_one_by_one_and_reads_an_image_once(
     encode, encoded = vlm.encode, []
     monkeypatch.setattr(vlm, "encode", record)
     paths = save_scenes(tmp_path)
-    rows = [question(image=paths[i % 3], text=QUESTIONS[i // 2]) for i in range(6)]
+    # the longest first, since like lengths are asked together
+    rows = [question(image=paths[i % 3], text=QUESTIONS[2 - i // 2]) for i in range(6)]
     answers = ask(vlm, rows, choose, batch=4, max_new_tokens=5)
     assert len(encoded) == 3
     assert len(answers) == 6
@@ -3848,6 +3849,33 @@ def test_a_picture_from_stdin_is_pruned_measured_and_drawn(vlm, tmp_path, capsys
     assert Image.open(drawing).width == 1240
     [line] = err.splitlines()
     assert "model data/shapes/llava, pruner" in line
+
+
+def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
+        preloaded, tmp_path, capsys, monkeypatch):
+    def answer_to(vlm, inputs, X, keep, *_):
+        return "by all" if keep is None else f"by {keep.shape[1]}"
+
+    def milliseconds(f):
+        return {"by all": 34, "by 16": 12}[f()]
+
+    def sheet(picture, boxes, scores, keep, X, question, answers):
+        shown.extend([len(keep), answers])
+        return picture
+
+    shown = []
+    for replacement in (answer_to, milliseconds, sheet):
+        monkeypatch.setattr(infer, replacement.__name__, replacement)
+    run(infer.main, PICTURE, QUESTIONS[0], *SHIPPED, "--show", tmp_path / "kept.png")
+    answer, *_, summary = capsys.readouterr().out.splitlines()
+    assert answer == "by 16"
+    assert shown == [16, ("by all", "by 16")]
+    assert summary.endswith("(12 of 34 ms with the choice)")
+
+
+def test_a_first_slow_try_does_not_count():
+    seconds = iter([0.2, 0])
+    assert infer.milliseconds(lambda: time.sleep(next(seconds))) < 100
 
 
 def test_show_replaces_neither_the_photo_nor_pictures_of_others(preloaded, tmp_path):
