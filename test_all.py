@@ -3325,6 +3325,8 @@ def test_held_out_images_are_drawn_at_random():
     assert dict(training + held_out) == pairs
     assert held_out != training[-5:]
     assert held_out != other
+    _, held_out = coco_files.split(dict.fromkeys(range(8000), ["?"]), 0)
+    assert len(held_out) == 200, "at most"
 
 
 @pytest.mark.parametrize("field, changes, words", [
@@ -3362,6 +3364,16 @@ def test_of_a_hundred_pictures_one_may_be_absent(name, tmp_path, capsys):
     path.write_text(json.dumps(content))
     complaint("2 of 6 are absent: fetch", coco_files.read_coco, path, PICTURES)
     complaint("6 of 6 .*--images", coco_files.read_coco, path, tmp_path)
+
+
+def test_of_thirty_pictures_two_may_not_be_absent(tmp_path):
+    content = read_captions_file(captions_file(tmp_path))
+    content["images"] = [dict(id=i, file_name=f"{i}.jpg") for i in range(30)]
+    content["annotations"] = [dict(id=i, image_id=i, caption="?") for i in range(30)]
+    for i in range(28):
+        (tmp_path / f"{i}.jpg").symlink_to(PICTURE)
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    complaint("2 of 30 are absent: fetch", coco_files.read_coco, tmp_path / "coco.json")
 
 
 def test_two_names_of_one_picture_are_one(tmp_path):
