@@ -1468,11 +1468,19 @@ def light_of(inputs):
 
 def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
         tmp_path, tiny, vlm, monkeypatch):
-    """Three steps of four samples, from five pictures; the sixth is held out."""
-    pairs = coco_files.read_coco(captions_file(tmp_path), PICTURES)
+    """Three steps of four samples, from five pictures; the sixth is held out.
+
+    Of its five captions the first is evaluated each time.
+    """
+    path = captions_file(tmp_path)
+    content = read_captions_file(path)
+    content["annotations"] += [dict(id=6 + i, image_id=i % 6, caption=f"{i}") for i in range(24)]
+    path.write_text(json.dumps(content))
+    pairs = coco_files.read_coco(path, PICTURES)
     training, held_out = coco_files.split(pairs, 3)
     samples = coco_files.Captions(training, 3)
     forward, learned_from, evaluated_on, noises, results = train.forward, [], [], [], []
+    unseen_texts = []
 
     def spy(*graph):
         frozen, scorer, _, _, inputs, noise, *_ = graph
@@ -1484,6 +1492,8 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
             results.append((loss.item(), hardness.item()))
         else:
             evaluated_on.extend(light_of(inputs))
+            labels = inputs["labels"]
+            unseen_texts.append(vlm.processor.tokenizer.decode(labels[labels != -100]))
         assert not any(p.requires_grad for p in frozen.model.parameters())
         for p in scorer.parameters():
             assert p.grad is None or not p.grad.any()
@@ -1497,6 +1507,7 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
     unseen = read_image(held_out[0][0])
     unseen_light = light_of(vlm.inputs([unseen], ["?"]))
     assert evaluated_on == pytest.approx(2 * unseen_light, rel=1e-4)
+    assert [text.strip() for text in unseen_texts] == 2 * [held_out[0][1][0] + "</s>"]
     assert len(set(noises)) == 12
     log = log_of(tmp_path / "out")
     logged = torch.tensor([(row["loss"], row["hardness"]) for row in log])
@@ -3863,8 +3874,9 @@ def test_a_picture_from_stdin_is_pruned_measured_and_drawn(vlm, tmp_path, capsys
     assert "model data/shapes/llava, pruner" in line
 
 
+@pytest.mark.parametrize("choose", pruner.RANKINGS)
 def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
-        preloaded, tmp_path, capsys, monkeypatch):
+        choose, vlm, preloaded, tmp_path, capsys, monkeypatch):
     def answer_to(vlm, inputs, X, keep, *_):
         return "by all" if keep is None else f"by {keep.shape[1]}"
 
@@ -3872,16 +3884,20 @@ def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
         return {"by all": 34, "by 16": 12}[f()]
 
     def sheet(picture, boxes, scores, keep, X, question, answers):
-        shown.extend([len(keep), answers])
+        shown.extend([keep.tolist(), answers])
         return picture
 
     shown = []
+    X = vlm.encode(vlm.inputs([read_image(PICTURE)], ["?"]))
+    scorer, _ = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    expected = select(pruner.RANKINGS[choose](scorer(X), X), 16)
     for replacement in (answer_to, milliseconds, sheet):
         monkeypatch.setattr(infer, replacement.__name__, replacement)
-    run(infer.main, PICTURE, QUESTIONS[0], *SHIPPED, "--show", tmp_path / "kept.png")
+    options = *SHIPPED, "--choose", choose, "--show", tmp_path / "kept.png"
+    run(infer.main, PICTURE, QUESTIONS[0], *options)
     answer, *_, summary = capsys.readouterr().out.splitlines()
     assert answer == "by 16"
-    assert shown == [16, ("by all", "by 16")]
+    assert shown == [expected[0].tolist(), ("by all", "by 16")]
     assert summary.endswith("(12 of 34 ms with the choice)")
 
 
