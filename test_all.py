@@ -4111,8 +4111,68 @@ def test_random_draws_once_for_each_image_and_seed(vlm, tmp_path, monkeypatch):
     assert len(others) == 2  # three seeds of random, and uniform
     assert not first.equal(second)
     assert first[0].equal(first[4])  # two questions on one image
+    assert not first[0].equal(first[5]), "the next image has a draw of its own"
     assert set(counts["random 16"]) == {16}
     assert len(right["uniform 16"]) == 30
+
+
+def test_each_choice_keeps_its_own_tokens_and_a_way_is_the_mean_of_its_choices(
+        tmp_path, monkeypatch):
+    """Two questions about the first picture and one about the second; -1 stands for no token."""
+    class Answers:
+        tokens, processor = 9, SimpleNamespace(image_processor=None)
+
+        def inputs(self, pictures, texts):
+            return {}
+
+        def encode(self, inputs):
+            return torch.arange(2.0).view(2, 1, 1).expand(2, 9, 4)  # 0 and 1, the picture's number
+
+        def generate(self, inputs, X, keep, **options):
+            seen.append((X[:, 0, 0].tolist(), None if keep is None else keep.tolist()))
+            if keep is None:
+                return 3 * ["right"]
+            return ["right" if few else "wrong" for few in (keep < 0).any(1)]
+
+    few = torch.tensor([[-1, 3], [1, 2]])
+    ways = {"all": [keep_all], "two": [lambda X, inputs: few, lambda X, inputs: few.flip(0)]}
+    paths, seen = save_scenes(tmp_path)[:2], []
+    labels = "right", "wrong", "right"
+    rows = [dict(image=paths[i // 2], text="?", label=label) for i, label in enumerate(labels)]
+    right, kept = accuracy.right_or_wrong(Answers(), rows, ways)
+    assert seen == [
+        ([0, 0, 1], None),
+        ([0, 0, 1], [[-1, 3], [-1, 3], [1, 2]]),
+        ([0, 0, 1], [[1, 2], [1, 2], [-1, 3]]),
+    ]
+    assert right == {"all": [1, 0, 1], "two": [0.5, 0.5, 0.5]}
+    assert kept == {"all": [9, 9, 9], "two": [1.5, 1.5, 1.5]}
+
+
+def test_the_rows_of_the_table_choose_by_their_names(vlm, features, shipped_pruner, monkeypatch):
+    def right_or_wrong(vlm, rows, ways):
+        made.update(ways)
+        return {way: [1.0] for way in ways}, {way: [9] for way in ways}
+
+    made, rows = {}, [dict(image=0, category="a")]
+    monkeypatch.setattr(accuracy, "right_or_wrong", right_or_wrong)
+    scorer, settings = shipped_pruner
+    accuracy.accuracy_table(vlm, scorer, settings, rows, [Budget(9)], seeds=1, others=True)
+    X = features[:3].float()
+    scores = scorer(X)
+    highest, spread = select(scores, 9), select(distinct(scores, X), 9)
+    for way, keep in {
+        "scorer 9": highest,  # as this pruner was trained
+        "scorer, distinct 9": spread,
+        "norm 9": criteria.feature_norm(X, 9),
+        "coverage 9": criteria.coverage(X, 9),
+        "blind": torch.full((3, 1), -1),
+    }.items():
+        choose, = made[way]
+        assert choose(X, {}).equal(keep), way
+    assert not highest.equal(spread)
+    choose, = made["all 144"]
+    assert choose(X, {}) is None
 
 
 def test_retention_is_a_mean_of_ratios():
