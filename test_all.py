@@ -71,6 +71,7 @@ from common.graphs import Graphed, Graphs
 from data.pictures import read_image
 from common.processes import Processes
 from data.shapes import prepare as shapes
+from data.shapes import pretrain
 from common.weights import one_line, time_limit
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
@@ -1101,6 +1102,57 @@ def test_captions_and_answers_tell_what_is_in_the_scene():
     assert {text for text, answer in named if answer == "yes"} == there
     absent = {text for text, answer in named if answer == "no"}
     assert {"Is there a blue star?", "Is there an orange cross?"} < absent - there
+
+
+def test_patches_are_labelled_by_the_uppermost_thing_and_by_its_quarter():
+    """A purple circle at the top right, on a grey square that reaches below it."""
+    square = dict(shape="grey square", color=(9, 9, 9), tone=0.5, x=72, y=40, r=12)
+    circle = dict(shape="circle", color="purple", place="top right", x=72, y=24, r=14)
+    labels = pretrain.label_patches([circle], [square]).view(4, 12, 12)
+    on_circle = 1 + shapes.SHAPES.index("circle"), 1 + list(shapes.COLORS).index("purple"), 1, 1
+    assert labels[:, 3, 9].tolist() == list(on_circle)
+    on_square = 1 + len(shapes.SHAPES) + shapes.STRANGE.index("grey square"), 6 + 3 + 1, 0, 1
+    assert labels[:, 5, 9].tolist() == list(on_square)
+    background = [labels[:, row, column].tolist() for row in (0, 11) for column in (0, 11)]
+    assert background == [[0, 0, 0, quarter] for quarter in range(4)]
+
+
+def test_packed_texts_see_the_picture_and_themselves_and_learn_answers_to_their_end(vlm):
+    segment = torch.tensor([[0, 0, 1]])
+    seen = pretrain.visible(segment, 2)[0, 0].int()  # two tokens of a picture come first
+    assert seen.tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    _, objects = shapes.draw_scene("test-0")
+    tokenizer = vlm.processor.tokenizer
+    packed = pretrain.pack(objects, tokenizer, random.Random(0), 150, exists=False)
+    answers, prompts = set(), set()
+    for number in packed[:, 1].unique():
+        ids, _, positions, target = packed[packed[:, 1] == number].unbind(1)
+        assert positions.tolist() == list(range(150, 150 + len(ids)))
+        prompts.add(tokenizer.decode(ids[target == 0]))
+        answers.add(tokenizer.decode(ids[target == 1]).strip())
+    assert f"{shapes.NUMBERS[len(objects)]}</s>" in answers
+    assert all(prompt.endswith(" ASSISTANT:") for prompt in prompts)
+    assert all(answer.endswith("</s>") and answer != "</s>" for answer in answers)
+
+
+def test_a_subset_leaves_some_of_each_object_unless_it_is_uniform(monkeypatch):
+    x, region = torch.randn(144, 8), torch.zeros(144, dtype=torch.long)
+    region[[5, 77, 78]] = torch.tensor([1, 2, 2])
+    lost = set()
+    for way in range(3):
+        monkeypatch.setattr(random, "randrange", lambda ways: way)
+        for _ in range(50):
+            keep = pretrain.subset(x, region, 16)
+            assert (keep.diff() > 0).all() and len(keep) == 16
+            if len(region[keep].unique()) < 3:
+                lost.add(way)
+    assert lost == {0}
 
 
 def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatch):
