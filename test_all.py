@@ -1141,6 +1141,49 @@ def test_packed_texts_see_the_picture_and_themselves_and_learn_answers_to_their_
     assert all(answer.endswith("</s>") and answer != "</s>" for answer in answers)
 
 
+def test_what_the_pretraining_asks_for_is_what_the_tiny_model_has_learned(vlm, monkeypatch):
+    """Its loss on four scenes, from all or some tokens, is low only if all is in its place."""
+    def descend(folder, modules, loss_at, *_, **options):
+        for number in (0.5, 0.9):  # with fewer than all tokens, and with all
+            monkeypatch.setattr(random, "random", lambda: number)
+            losses.append(loss_at(0).item())
+
+    losses, drawings = [], [shapes.draw_scene(f"test-{i}") for i in range(4)]
+    scenes = [objects for _, objects in drawings]
+    X = vlm.encode(vlm.inputs([image for image, _ in drawings], 4 * ["?"]))
+    regions = torch.stack([pretrain.label_patches(objects, [])[2] for objects in scenes])
+    monkeypatch.setattr(pretrain, "descend", descend)
+    with torch.no_grad():
+        pretrain.train_language(
+            None, vlm.model, vlm.processor.tokenizer, X, scenes, regions, 1, False, batch=8)
+    assert max(losses) < 0.2
+
+
+def test_the_pretraining_warms_up_for_a_hundred_steps_and_then_cools_down(tmp_path, monkeypatch):
+    rates, modules = [], torch.nn.Linear(1, 1)
+    step = torch.optim.AdamW.step
+
+    def step_spy(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    pretrain.descend(tmp_path / "run", modules, lambda step: modules.weight.sum(), 400, 1.0, 0.0)
+    cosines = [(1 + math.cos(math.pi * i / 400)) / 2 for i in range(400)]
+    expected = [min(1, (i + 1) / 100) * share for i, share in enumerate(cosines)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_class_token_learns_colours_places_and_how_many_there_are():
+    star = dict(shape="star", color="green", place="bottom left")
+    circle = dict(shape="circle", color="orange", place="top left")
+    facts = pretrain.content([star, circle])
+    green_star, orange_circle = 5 * 1 + 3, 5 * 5 + 0
+    star_below, circle_above, two = 30 + 4 * 3 + 2, 30, 50 + 1
+    expected = {green_star, orange_circle, star_below, circle_above, two}
+    assert set(facts.nonzero().flatten().tolist()) == expected
+
+
 def test_a_subset_leaves_some_of_each_object_unless_it_is_uniform(monkeypatch):
     x, region = torch.randn(144, 8), torch.zeros(144, dtype=torch.long)
     region[[5, 77, 78]] = torch.tensor([1, 2, 2])
