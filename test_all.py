@@ -76,7 +76,7 @@ from common.weights import one_line, time_limit
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
 from model import VLM, Llava, load
-from results import draw, report, study
+from results import charts, draw, report, serving, study
 from throttler import Attention, Scorer
 from throttler import distinct, select, soft_top_k, standardised, vp_gate, whitening
 
@@ -5686,6 +5686,139 @@ def test_the_chart_of_accuracy_shows_retention_by_tokens(monkeypatch):
     monkeypatch.setattr(draw, "read_json", read_json)
     monkeypatch.setattr(draw, "line_chart", line_chart)
     assert draw.accuracy() == {"scorer": [(16, 90.0), (8, 75.0)]}
+
+
+def test_a_chart_has_more_at_the_top_and_on_the_right_and_stretches_its_axes():
+    """Only the first part of each line is seen where the other colours are not."""
+    series = {"a": [(1, 1), (10, 1)], "b": [(1, 100), (10, 100)], "c": [(1, 10), (10, 10)]}
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    chart = charts.line_chart(
+        series, "x", "y", [1, 10], [1, 100], colors, warp_x=math.log, warp_y=math.log)
+    heights = []
+    for color in colors:
+        column = [chart.getpixel((200, y)) for y in range(chart.height)]
+        heights.append(sum(y * (pixel == color) for y, pixel in enumerate(column))
+                       / column.count(color))
+    bottom, top, middle = heights
+    assert top < middle < bottom
+    assert middle == pytest.approx((top + bottom) / 2, abs=2), "10 is halfway to 100 in logarithms"
+
+
+def test_the_losses_of_a_training_are_drawn_under_their_names(tmp_path, monkeypatch):
+    def line_chart(series, *labels, **options):
+        drawn_lines.update(series)
+        return SCENES[0]
+
+    drawn_lines = {}
+    rows = [{"step": 0, "deployed_loss": 2.0, "soft_loss": 3.0, "full_loss": 0.5},
+            {"step": 8, "deployed_loss": 1.0, "soft_loss": 1.5, "full_loss": 0.5}]
+    files.write(tmp_path / "log.jsonl", rows)
+    monkeypatch.setattr(draw, "line_chart", line_chart)
+    draw.losses(tmp_path)
+    assert drawn_lines == {
+        "deployed_loss 1.000": [(0, 2.0), (8, 1.0)],
+        "soft_loss 1.500": [(0, 3.0), (8, 1.5)],
+        "full_loss 0.500": [(0, 0.5), (8, 0.5)],
+    }
+
+
+def test_a_training_is_drawn_with_each_pictures_own_alpha(tmp_path):
+    """Of the first picture nothing gets through, of the second all."""
+    watched = [str(path) for path in EXAMPLES[:2]]
+    frame = {"step": 3, "tau": 0.5, "alpha": [144 * [0.0], 144 * [1.0]]}
+    files.write(tmp_path / "watched.json", {"images": watched, "frames": [frame]})
+    files.write(tmp_path / "pruner.json", {"model": str(TINY)})
+    draw.training(tmp_path)
+    with Image.open(tmp_path / "training.gif") as drawing:
+        moment = drawing.convert("RGB")
+    for i, (path, least, most) in enumerate(((EXAMPLES[0], 40, 255), (EXAMPLES[1], 0, 15))):
+        place = moment.crop((10 + 122 * i, 10, 122 + 122 * i, 122))
+        picture = read_image(path).resize(place.size)
+        differences = [abs(a - b) for a, b in zip(place.tobytes(), picture.tobytes())]
+        assert least < sum(differences) / len(differences) < most
+
+
+def test_the_rule_of_the_test_bed_by_hand(vlm, monkeypatch):
+    """All are right with all tokens. What keeps 87 % is 0.1 points above LLaVA's random choice."""
+    shares = {"random": 0.87, "diversity": 0.9, "CLS": 0.88, "pooling": 0.5}
+
+    def right_or_wrong(vlm, rows, ways):
+        right = {}
+        for name in ways:
+            share = shares.get(name.split()[0], 1.0)
+            right[name] = [1.0] * round(100 * share) + [0.0] * round(100 - 100 * share)
+        return right, None
+
+    monkeypatch.setattr(study, "right_or_wrong", right_or_wrong)
+    monkeypatch.setattr(study, "embedded", lambda split: 100 * [{"category": "a"}])
+    made = study.fidelity(SimpleNamespace(device="cpu", seeds=1))
+    rule = {part: row["holds"] for part, row in made["tables"]["rule"].items()}
+    yes, no = "yes", "**no**"
+    assert rule == {
+        "diversity at 16 below 98.5": yes,
+        "random at 48 within 3 points of 97.3": no,
+        "random at 32 within 3 points of 93.6": no,
+        "random at 16 within 3 points of 86.9": yes,
+        "diversity at 48 within 3 points of 99.6": no,
+        "diversity at 32 within 3 points of 99.2": no,
+        "diversity at 16 within 3 points of 97.3": no,
+        "CLS above random at 16": yes,
+        "pooling above random at 16": no,
+        "a with all tokens at least 99": yes,
+    }
+    assert made["notes"] == ["4 of the 10 parts of the rule hold."]
+    table = made["tables"]["retention, %, validation questions"]
+    assert table["random"]["16"] == "87.0 (LLaVA 86.9)"
+    assert table["random"]["8"] == "87.0"
+
+
+def test_each_factor_of_the_ranking_is_deployed_with_each_seeds_scorer(
+        vlm, features, monkeypatch):
+    """What is kept stands for its retention: the sum of the numbers of the tokens."""
+    X = features[:2].float()
+    scorers = {(name, seed): Scorer(128) for name in ("ours", "papers") for seed in range(2)}
+
+    def retained(vlm, rows, ways):
+        return {way: choose(X, None).sum().item() for way, choose in ways.items()}, None
+
+    def scenes_and_labels(vlm, split):
+        return X, torch.full((2, 144), 2)
+
+    for replacement in (retained, scenes_and_labels):
+        monkeypatch.setattr(study, replacement.__name__, replacement)
+    monkeypatch.setattr(study, "trained", lambda *_: {way: way for way in scorers})
+    monkeypatch.setattr(study, "load_pruner", lambda way: (scorers[way], None))
+    monkeypatch.setattr(study, "embedded", lambda split: [])
+    made = study.ranking(SimpleNamespace(device="cpu", seeds=2))
+    table, = made["tables"].values()
+    for row, name, c in (("trained through d, c = 4; deployed with c = 3", "ours", 3),
+                         ("trained as the papers do; deployed by the scores alone", "papers", 0)):
+        for K in (32, 4):
+            kept = [select(distinct(scorers[name, seed](X), X, c), K) for seed in range(2)]
+            assert table[row][str(K)] == [keep.sum().item() for keep in kept]
+        assert table[row]["on objects at 16"] == [100, 100]
+
+
+def test_retention_in_a_study_is_against_all_tokens(vlm, tmp_path):
+    rows = questions.read_questions(drawn(tmp_path))[:5]
+    kept, _ = study.retained(vlm, rows, {"blind": lambda X, inputs: torch.tensor([[-1]])})
+    assert kept["blind"] < 80
+
+
+def test_the_servers_warm_up_does_not_count(monkeypatch):
+    """64 tokens take 1 s, all take 4 s, and what comes first 100 s more."""
+    clock, asked = FakeClock(), []
+
+    def generate(prompts, limits, use_tqdm):
+        keep = prompts[0]["mm_processor_kwargs"]["keep"]
+        clock.spend({"all": 4000, "64": 1000}[keep] + 100_000 * (keep not in asked))
+        asked.append(keep)
+        assert len(prompts) == 16
+
+    monkeypatch.setattr(serving, "time", clock)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    times = serving.throughput(SimpleNamespace(generate=generate), 2)
+    assert times == {"576": pytest.approx([4, 4]), "64": pytest.approx([1, 1])}
 
 
 def test_an_ablation_supports_the_papers_if_it_is_beyond_the_seeds_in_their_direction():
