@@ -2976,11 +2976,17 @@ def test_patches_in_a_frame_are_as_bright_as_their_alpha():
     assert levels == pytest.approx(expected, abs=2)
 
 
-def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue():
+def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue(monkeypatch):
     """Of the quarters number 1 scores highest, 2 is kept, and 4 scores lowest."""
+    def lay_out(words, panels, side):
+        said.extend(words)
+        return lay_out_panels(words, panels, side)
+
+    lay_out_panels, said = pictures.lay_out, []
+    monkeypatch.setattr(pictures, "lay_out", lay_out)
     scores = torch.tensor([0.0, 5, 1, 2, -1])
     keep = torch.tensor([2])
-    X = torch.rand(5, 2)
+    X = torch.tensor([[9.0, 9], [1, 0], [1, 1], [1, 1], [0, 1]])  # 1 and 4 are nothing alike
     grey = Image.new("RGB", (50, 50), GREY)
     sheet = pictures.sheet(grey, QUARTERS[:5], scores, keep, X, "Why?", "ab", side=100)
 
@@ -3002,13 +3008,25 @@ def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue():
     red, _, blue = fourth
     assert blue > red + 50
 
+    first, second, fourth = quarters_of(2)  # cosine similarities of numbers 1 and 4
+    assert (first, second, fourth) == (pictures.HEAT[2], pictures.HEAT[0], pictures.HEAT[2])
+    assert said == ["What is kept: 1 of 5 visual tokens", "Question: Why?",
+                    "Answer by all tokens: a", "Answer by the kept tokens: b"]
+
+
+def test_what_the_model_sees_of_a_square_picture_is_the_picture(vlm):
+    picture = read_image(PICTURE)
+    seen = pictures.seen_by_model(vlm, vlm.inputs([picture], ["?"]), picture)
+    differences = [abs(a - b) for a, b in zip(seen.tobytes(), picture.tobytes(), strict=True)]
+    assert max(differences) <= 1
+
 
 def test_writing_follows_links_and_replaces_nothing_but_files(tmp_path):
     link, target = tmp_path / "link.json", tmp_path / "real.json"
     link.symlink_to(target.name)
-    files.write(link, files.rounded({"a": [1.23456789]}))
+    files.write(link, files.rounded({"a": [1.23456789, math.nan]}))
     assert link.is_symlink()
-    assert json.loads(target.read_text()) == {"a": [1.2346]}
+    assert json.loads(target.read_text()) == {"a": [1.2346, None]}
 
     (tmp_path / "folder.json").mkdir()
     too_long = 300 * "n" + ".json"
