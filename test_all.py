@@ -5839,6 +5839,20 @@ def test_the_servers_warm_up_does_not_count(monkeypatch):
     assert times == {"576": pytest.approx([4, 4]), "64": pytest.approx([1, 1])}
 
 
+def test_the_gates_picture_shows_the_strongest_components_in_their_own_deviations(monkeypatch):
+    """Where alpha is 1 a channel of 128 ± 55 is a component's mean ± its deviation."""
+    deviations = torch.arange(1.0, 129)
+    X = draw.example(0).X[0]  # (144, 128)
+    monkeypatch.setattr(draw, "draw_scene", lambda seed: (SCENES[0], None))
+    monkeypatch.setattr(draw, "whitening", lambda X: (torch.ones(128), deviations.diag()))
+    image = draw.gate()
+    strongest = (128 + 55 * (X[:, -3:] - 1) / deviations[-3:]).clamp(0, 255)
+    for token in (0, 70, 143):
+        row, column = divmod(token, 12)
+        middle = 250 + int(17.5 * (column + 0.5)), 10 + int(17.5 * (row + 0.5))
+        assert image.getpixel(middle) == pytest.approx(strongest[token].tolist(), abs=1)
+
+
 def test_an_ablation_supports_the_papers_if_it_is_beyond_the_seeds_in_their_direction():
     table = {
         "scale gate, by distinct": {"16": [95.0, 96.0]}, "ours, by distinct": {"16": [98.0, 99.0]},
