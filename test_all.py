@@ -1069,6 +1069,7 @@ def test_scenes_are_unambiguous_and_splits_disjoint():
             distance = {name: math.dist(pixel, rgb) for name, rgb in shapes.COLORS.items()}
             assert min(distance, key=distance.get) == o["color"]
             assert o["place"] == place_of(o["x"], o["y"])
+            assert min(abs(o["x"] - 48), abs(o["y"] - 48)) >= 6, "nearly in two quarters"
 
 
 def place_of(x, y):
@@ -1205,6 +1206,9 @@ def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatc
     drawn = picture.read_bytes()
     contents = {path.read_bytes() for path in tmp_path.glob("*/*.jpg")}
     assert len(contents) == 4, "no scene is in two splits"
+    rows = questions.read_questions(tmp_path / "test.jsonl")
+    assert [row["category"] for row in rows] == ["color", "shape", "where", "count", "exists"]
+    assert {row["image"] for row in rows} == {picture}
     for path in tmp_path.rglob("*.*"):
         path.write_bytes(b"{}")
     picture = shapes.prepare(one_of_each) / "test/00000.jpg"
