@@ -1220,7 +1220,7 @@ def test_scenes_that_this_code_did_not_draw_are_drawn_again(tmp_path, monkeypatc
 def captions_file(folder, field="images", changes={}):
     """A COCO captions file of the six examples, after changes to its second image or annotation."""
     images = [dict(id=i, file_name=path.name) for i, path in enumerate(EXAMPLES)]
-    captions = [dict(id=i, image_id=i, caption=f"Caption{i * ' red'}.") for i in range(6)]
+    captions = [dict(id=i, image_id=i, caption=f"Caption{i * ' red'}. ") for i in range(6)]
     content = {"images": images, "annotations": captions}
     content[field][1] |= changes
     path = folder / "coco.json"
@@ -1599,8 +1599,8 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
             results.append((loss.item(), hardness.item()))
         else:
             evaluated_on.extend(light_of(inputs))
-            labels = inputs["labels"]
-            unseen_texts.append(vlm.processor.tokenizer.decode(labels[labels != -100]))
+            for row in inputs["labels"]:
+                unseen_texts.append(vlm.processor.tokenizer.decode(row[row != -100]).strip())
         assert not any(p.requires_grad for p in frozen.model.parameters())
         for p in scorer.parameters():
             assert p.grad is None or not p.grad.any()
@@ -1611,10 +1611,10 @@ def test_a_training_goes_by_its_seed_through_its_own_pictures_with_fresh_noise(
     expected = [samples[number][1] for number in range(12)]
     expected_light = light_of(vlm.inputs(expected, ["?"] * 12))
     assert learned_from == pytest.approx(expected_light, rel=1e-4)
-    unseen = read_image(held_out[0][0])
-    unseen_light = light_of(vlm.inputs([unseen], ["?"]))
+    unseen = [read_image(path) for path, _ in held_out]
+    unseen_light = light_of(vlm.inputs(unseen, ["?", "?"]))
     assert evaluated_on == pytest.approx(2 * unseen_light, rel=1e-4)
-    assert [text.strip() for text in unseen_texts] == 2 * [held_out[0][1][0] + "</s>"]
+    assert unseen_texts == 2 * [f"{captions[0]}</s>" for _, captions in held_out]
     assert len(set(noises)) == 12
     log = log_of(tmp_path / "out")
     logged = torch.tensor([(row["loss"], row["hardness"]) for row in log])
