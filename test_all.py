@@ -967,6 +967,13 @@ def test_a_held_out_loss_is_a_mean_over_words():
     losses = train.held_out_losses(graph, batches, Budget(2), 0.5, Processes("cpu"))
     assert list(losses.values()) == 4 * [7.0]
 
+    def add_that_of_another_process(sums):
+        sums += torch.tensor([12.0, 12, 12, 12, 1])  # one word at 12 nats
+
+    two = SimpleNamespace(sum=add_that_of_another_process)
+    losses = train.held_out_losses(graph, batches, Budget(2), 0.5, two)
+    assert list(losses.values()) == 4 * [8.0]
+
 
 def test_feature_statistics_are_of_tokens_drawn_from_all_of_each_picture(monkeypatch):
     """Pictures of 100, 100 and 40 tokens, each of which holds its own number in all four channels.
@@ -1284,9 +1291,13 @@ def training_pictures(folder, images):
 
 def hold_out_two(pairs, seed, patch):
     """(training, held_out) of a run that holds out one picture more than it would."""
+    def split(pairs, given):
+        assert given == seed
+        return training, held_out
+
     training, held_out = coco_files.split(pairs, seed)
     held_out.append(training.pop())
-    patch.setattr(train, "split", lambda pairs, seed: (training, held_out))
+    patch.setattr(train, "split", split)
     return training, held_out
 
 
@@ -1818,6 +1829,7 @@ def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
     images = shutil.copytree(PICTURES, tmp_path / "images")
     argv = ["--images", images, "--steps", 1]
     training = training_pictures(tmp_path, images)
+    unseen, = set(images.iterdir()) - {path for path, _ in training}
     broken, other = training[2][0], training[0][0]
     content = broken.read_bytes()
     broken.write_bytes(content[:500])
@@ -1828,10 +1840,10 @@ def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
     def refused():
         complaint(f"{other.name}: not the same content", tiny, *argv, "--resume")
 
-    content = other.read_bytes()
     longer = EXAMPLES[-1].read_bytes() + b"longer"
-    other_end = content[:-9] + b"123456789"
-    for wrong in (longer, other_end):
+    other_end = other.read_bytes()[:-9] + b"123456789"
+    for other, wrong in ((other, longer), (other, other_end), (unseen, longer)):
+        content = other.read_bytes()
         other.write_bytes(wrong)
         assert in_a_process(refused) == 0
         other.write_bytes(content)
@@ -1846,6 +1858,15 @@ def test_a_resumed_run_needs_the_pictures_that_it_began_with(tmp_path, tiny):
         complaint("^--data .* content", tiny, *argv, "--resume")
 
     assert in_a_process(refused_pairs) == 0
+
+
+def test_a_large_picture_is_known_by_its_middle(tmp_path):
+    digests = set()
+    for middle in (b"a", b"b"):
+        path = tmp_path / "large.jpg"
+        path.write_bytes(100_000 * b"-" + middle + 100_000 * b"-")
+        digests.add(coco_files.digest(path))
+    assert len(digests) == 2
 
 
 def test_every_import_goes_down():
