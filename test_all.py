@@ -814,6 +814,16 @@ def test_distinct_is_the_double_loop_also_in_a_padded_batch():
         assert keep.max() < 20
 
 
+@pytest.mark.parametrize("choose", [
+    lambda X: distinct(X[..., 0], X), lambda X: criteria.max_min_diversity(X, 9),
+    lambda X: criteria.dpp(X, 9), lambda X: criteria.coverage(X, 9),
+    lambda X: criteria.feature_norm(X, 9),
+])
+def test_tokens_in_half_precision_are_compared_in_float32(choose):
+    X = (5 * torch.randn(10, 144, 64)).bfloat16()
+    assert choose(X).equal(choose(X.float()))
+
+
 def test_a_larger_budget_keeps_what_a_smaller_one_kept():
     padded_scores = F.pad(3 * torch.randn(1, 20), (0, 4), value=-torch.inf)
     ranking = distinct(padded_scores, torch.randn(1, 24, 12))
@@ -1732,6 +1742,17 @@ def test_an_unreadable_image_is_skipped_and_two_of_five_stop_the_run(
     monkeypatch.setattr(kind, "__call__", process_but_one)
     names = sorted([first, second])
     complaint(f"2 of 5 images could not be read.*{names[0]}.*{names[1]}", tiny, *argv)
+
+
+def test_a_loss_in_half_precision_is_a_mean_in_float32():
+    half = load(TINY, dtype=torch.bfloat16)
+    inputs = half.inputs(SCENES, QUESTIONS, CAPTIONS)
+    X = half.encode(inputs)
+    loss = half.loss(inputs, X)
+    labels = inputs["labels"][:, 1:]
+    logits = half.logits(inputs, X)[:, :-1][labels != -100].double()
+    expected = F.cross_entropy(logits, labels[labels != -100])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype, choose, rank", [
