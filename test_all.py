@@ -3473,7 +3473,8 @@ def test_answers_of_two_different_runs_do_not_mix(answer, tmp_path, monkeypatch)
         complaint("another run is writing", answer, path, "--overwrite")
 
     other = load(TINY)
-    other.model.lm_head.weight[0, 0] += 1
+    weight = other.model.lm_head.weight.view(-1)
+    weight[5 * (len(weight) // 64)] += 1
     monkeypatch.setattr(infer, "load", lambda *_: other)
     complaint("weights", answer, path)
     assert path.read_bytes() == whole
@@ -4314,6 +4315,8 @@ def test_each_choice_keeps_its_own_tokens_and_a_way_is_the_mean_of_its_choices(
         ([0, 0, 1], [[1, 2], [1, 2], [-1, 3]]),
     ]
     assert right == {"all": [1, 0, 1], "two": [0.5, 0.5, 0.5]}
+    rows = [row | {"label": "yes"} for row in rows]  # right has no "no" in it, which is a yes
+    assert accuracy.right_or_wrong(Answers(), rows, ways)[0]["all"] == [1, 1, 1]
     assert kept == {"all": [9, 9, 9], "two": [1.5, 1.5, 1.5]}
 
 
