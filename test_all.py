@@ -1670,9 +1670,6 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
             "quarter_loss": next(quarter),
         }
 
-    def low_hardness(alpha, K):
-        return torch.full((len(alpha),), 0.79)
-
     def thresholds(vlm, scorer, choose, batches):
         closing.append(scorer.head.weight.clone())
         pixels, = [inputs["pixel_values"] for inputs in batches]
@@ -1685,7 +1682,7 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
 
     for replacement in (held_out_losses, thresholds, accuracy_table):
         monkeypatch.setattr(train, replacement.__name__, replacement)
-    monkeypatch.setattr(train, "hardness_of", low_hardness)
+    monkeypatch.setattr(train, "hardness_of", lambda alpha, K: 0.79 * torch.ones(len(alpha)))
     questions_file = tmp_path / "q.jsonl"
     files.write(questions_file, [question(label="red")])
     pairs = coco_files.read_coco(tmp_path / "coco.json", PICTURES)
@@ -1697,8 +1694,8 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
     assert result["retention"] == 50
 
     unseen = [read_image(path) for path, _ in held_out]
-    light = light_of(load(TINY).inputs(unseen, ["?", "?"]))
-    assert calibrated == ["top", pytest.approx(sum(light), rel=1e-4)]
+    light = sum(light_of(load(TINY).inputs(unseen, ["?", "?"])))
+    assert calibrated == ["top", pytest.approx(light, rel=1e-4)]
     log = log_of(tmp_path / "out")
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 9]
     assert log[-3]["tau"] == log[-1]["tau"] == 0.1
@@ -4384,7 +4381,7 @@ def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch,
     def right_or_wrong(vlm, rows, ways):
         right = {name: full for name in ways}
         right["random 16"] = pruned
-        return right, {name: [16] * 800 for name in ways}
+        return right, {name: [144 if name == "all 144" else 16] * 800 for name in ways}
 
     monkeypatch.setattr(accuracy, "right_or_wrong", right_or_wrong)
     settings = {"choose": "diversity", "keep": "16"}
@@ -4399,7 +4396,8 @@ def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch,
         name = line.split("  ")[0].strip()
         printed[name] = line.split()
     assert printed["all 144"][-2:] == ["100.0", "100.0–100.0"]
-    *_, ratio, interval = printed["random 16"]
+    _, _, kept, *_, ratio, interval = printed["random 16"]
+    assert kept == "16.0"
     assert ratio == "90.0"
     low, high = map(float, interval.split("–"))
     half_width = 100 * 1.96 * (0.8 * 0.2 / 400) ** 0.5 / 2  # binomial; the b's ratio is always 1
