@@ -1173,8 +1173,8 @@ def test_what_the_pretraining_asks_for_is_what_the_tiny_model_has_learned(vlm, m
     monkeypatch.setattr(pretrain, "descend", descend)
     with torch.no_grad():
         pretrain.train_language(
-            None, vlm.model, vlm.processor.tokenizer, X, scenes, regions, 1, False, batch=8)
-    assert max(losses) < 0.2
+            None, vlm.model, vlm.processor.tokenizer, X, scenes, regions, 1, False, batch=24)
+    assert max(losses) < 0.12
 
 
 def test_the_pretraining_warms_up_for_a_hundred_steps_and_then_cools_down(tmp_path, monkeypatch):
@@ -3066,10 +3066,12 @@ def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue(monkeypatc
                     "Answer by all tokens: a", "Answer by the kept tokens: b"]
 
 
-def test_what_the_model_sees_of_a_square_picture_is_the_picture(vlm):
-    picture = read_image(PICTURE)
-    seen = pictures.seen_by_model(vlm, vlm.inputs([picture], ["?"]), picture)
-    differences = [abs(a - b) for a, b in zip(seen.tobytes(), picture.tobytes(), strict=True)]
+def test_what_the_model_sees_is_the_middle_of_a_picture(vlm):
+    wide = Image.new("RGB", (288, 96), "red")
+    wide.paste(read_image(PICTURE), (96, 0))
+    seen = pictures.seen_by_model(vlm, vlm.inputs([wide], ["?"]), wide)
+    middle = read_image(PICTURE).tobytes()
+    differences = [abs(a - b) for a, b in zip(seen.tobytes(), middle, strict=True)]
     assert max(differences) <= 1
 
 
@@ -3727,7 +3729,7 @@ def test_a_table_of_thresholds_keeps_the_budget_on_average(random_z):
     shares = settings["thresholds"]["shares"]
     assert shares[0] == 1 / 7200
     assert shares[-1] == 1
-    budgets = [("~16", 16), ("~11.1%", 16), ("~7", 7), ("~100", 100), ("~144", 144)]
+    budgets = [("~16", 16), ("~11.1%", 16), ("~1", 1), ("~100", 100), ("~144", 144)]
     for text, K in budgets:
         T = pruner.threshold_of(Budget.parse(text), settings, 144)
         kept = (random_z > T).sum() / 50
