@@ -4464,6 +4464,13 @@ def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch,
     assert (low, high) == pytest.approx((90 - half_width, 90 + half_width), abs=0.3)
 
 
+def test_what_is_no_training_cannot_be_drawn(tmp_path):
+    from results import draw
+    for content in ("", "[]", "{}", '{"step": 0}'):
+        (tmp_path / "log.jsonl").write_text(content)
+        complaint("--run .*: its files are not", run, draw.main, "losses", "--run", tmp_path)
+
+
 def test_a_report_names_a_broken_file_and_is_made_of_the_others(tmp_path):
     from results import study
     made = (study.main, "report", "--to", tmp_path)

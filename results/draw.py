@@ -294,7 +294,11 @@ def main():
         if name in PICTURES:
             write(HERE / f"{name}.png", PICTURES[name]())
         elif name in OF_A_RUN:
-            OF_A_RUN[name](args.run)
+            try:
+                OF_A_RUN[name](args.run)
+            except (LookupError, TypeError) as e:
+                raise InputError(f"--run {args.run}: its files are not train.py's "
+                                 f"({short(repr(e))}); give a training") from None
         else:
             raise InputError(f"{name}: there is no such picture; choose from {known}")
         print(f"wrote {name}")
