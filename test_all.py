@@ -1416,6 +1416,7 @@ def test_a_checkpoint_brings_back_all_of_a_run(tmp_path):
     run.modules["scorer"](torch.ones(2)).sum().backward()
     run.optimizer.step()
     run.log({"step": 2, "tau": 0.1, "deployed_loss": 1.0})
+    run.write("scorer.safetensors", run.modules["scorer"].state_dict())
     run.skipped.add("broken.jpg")
     run.before = 100.0
     run.save(3)
@@ -1474,6 +1475,9 @@ def test_a_run_is_not_continued_with_other_content(tmp_path, tiny, monkeypatch):
     checkpoint = tmp_path / "out/checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
     complaint("checkpoint.safetensors", tiny, "--resume", "--steps", 1)
+    tiny("--overwrite", "--steps", 1)
+    (tmp_path / "out/scorer.safetensors").unlink()
+    complaint("scorer.safetensors.*--overwrite", tiny, "--resume", "--steps", 1)
     complaint("a loss or its gradient is", tiny, "--overwrite", "--lr", 1e30)
 
 

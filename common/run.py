@@ -222,6 +222,8 @@ def read_checkpoint(path):
         open(path, "rb").close()  # safetensors calls a file absent that may not be read
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
+        if state["curve"]:  # then the best scorer so far is beside it, and no step makes it again
+            safe_open(path.with_name("scorer.safetensors"), "pt")
         return load_file(path), dict(state)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise InputError(f"--resume: {path} cannot be read ({short(e)}); leave --resume away to "
