@@ -4488,6 +4488,8 @@ def test_a_report_names_a_broken_file_and_is_made_of_the_others(tmp_path):
     broken.unlink()
     run(*made)
     assert "not measured" in (tmp_path / "RESULTS.md").read_text()
+    (tmp_path / "objects.json").write_text("my own")
+    complaint("^--to .*objects.json: is there", run, study.main, "objects", "--to", tmp_path)
 
 
 @pytest.mark.parametrize("name", [

@@ -80,16 +80,17 @@ def made_by(file):
             f"{c['torch']}, transformers {c['transformers']}, {c['date']}{seeds}.")
 
 
-def check(args, *names):
-    """InputError unless these arguments are 1 or more, and --json is a place for measurements."""
+def check(args, *names, flag="--json"):
+    """InputError unless these arguments are 1 or more, and args.json, which `flag` gives, is a
+    place for measurements."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.json:
-        check_place("--json", args.json, "", (".json",))
+        check_place(flag, args.json, "", (".json",))
         if args.json.exists() and '"conditions"' not in args.json.read_text(errors="replace"):
-            raise InputError(f"--json {args.json}: is there, and holds no measurements; give "
+            raise InputError(f"{flag} {args.json}: is there, and holds no measurements; give "
                              "another name")
 
 

@@ -77,7 +77,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="file to write the seconds to")
     args = parser.parse_args()
-    check(args)
+    check(args, flag="the file")
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as folder:
         larger_model(model)
         plugin(folder)

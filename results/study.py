@@ -342,7 +342,7 @@ def main():
     if args.study == "report":
         return report(args.to, ROOT / "results/template.md")
     args.json = args.to / f"{args.study}.json"
-    check(args, "seeds", "steps")
+    check(args, "seeds", "steps", flag="--to")
     save(args.json, "python -m results.study", {args.study: STUDIES[args.study](args)})
     print(section(args.to, args.study))
 
