@@ -31,9 +31,9 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from common import architectures
-from common.files import InputError, short
+from common.files import InputError, short, time_limit
 from common.weights import (complete, find, hushed, image_token, one_line, read_model,
-                            read_processor, supported, time_limit)
+                            read_processor, supported)
 from data.pictures import read_image  # noqa: F401 (one import brings what a script needs)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,6 +13,7 @@ import fcntl
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import io
 import itertools
@@ -35,6 +36,7 @@ import time
 import urllib.request
 import zlib
 from importlib.metadata import entry_points
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -72,7 +74,7 @@ from data.pictures import read_image
 from common.processes import Processes
 from data.shapes import prepare as shapes
 from data.shapes import pretrain
-from common.weights import one_line, time_limit
+from common.weights import one_line
 from denoiser import Denoiser, DiagonalAttention
 from eval import accuracy, serve, tables
 from model import VLM, Llava, load
@@ -1846,13 +1848,23 @@ def hang():
     time.sleep(60)
 
 
+def send_half_a_batch():
+    """And hang, as seen by who reads it: a worker that was killed just then sends no more."""
+    for connection in gc.get_objects():
+        if isinstance(connection, Connection) and connection.writable:
+            promised = struct.pack("!i", 10 ** 6)  # bytes of a message
+            os.write(connection.fileno(), promised + b"half")
+    hang()
+
+
 def run_out_of_memory():
     bytearray(10 ** 15)
 
 
 @pytest.mark.parametrize("fault, pattern", [
     (be_killed, "DataLoader worker .* exited unexpectedly|killed by signal"),
-    (hang, "DataLoader timed out"),
+    (hang, "reading a batch of pictures does not end"),
+    (send_half_a_batch, "reading a batch of pictures does not end"),
     (run_out_of_memory, "MemoryError"),
 ])
 def test_whatever_befalls_a_worker_the_run_ends_with_one_line(
@@ -2665,7 +2677,7 @@ FAULTY_FOLDERS = [
 def test_a_faulty_model_is_refused_in_one_line_that_names_it(
         file, content, words, tmp_path, monkeypatch):
     def three_seconds(seconds, what):
-        return time_limit(3, what)
+        return files.time_limit(3, what)
 
     monkeypatch.setattr("model.time_limit", three_seconds)
     folder = changed(tmp_path, file, content)

@@ -8,9 +8,11 @@ throttler.py, denoiser.py, train.py, model.py and infer.py.
 """
 import json
 import os
+import signal
 import sys
+import threading
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -86,6 +88,25 @@ def short(reason, length=160):
     """What a library or a file says, on one line of bounded length."""
     text = " ".join(str(reason).split())
     return text if len(text) <= length else text[:length] + " …"
+
+
+@contextmanager
+def time_limit(seconds, what):
+    """TimeoutError if it takes longer inside. No limit beside the main thread, and on Windows."""
+    def stop(*_):
+        raise TimeoutError(f"{what} does not end within {seconds} s")
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -8,9 +8,7 @@ that is partly random. All of it ends here in one line that names the folder and
 in a folder is executed, but for its chat template, in transformers' sandbox.
 """
 import os
-import signal
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,25 +63,6 @@ def hushed():
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
-
-
-@contextmanager
-def time_limit(seconds, what):
-    """TimeoutError if it takes longer inside. No limit beside the main thread, and on Windows."""
-    def stop(*_):
-        raise TimeoutError(f"{what} does not end within {seconds} s")
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def supported(kind):

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.files import InputError, read_text, short
+from common.files import InputError, read_text, short, time_limit
 from data.pictures import read_image
 
-WAIT = 600  # seconds for a batch; then a worker process hangs
+WAIT = 600  # seconds for a batch
 
 
 def picture_path(folders, name, where):
@@ -200,7 +200,6 @@ def worker_options(workers):
     return {
         "num_workers": workers,
         "multiprocessing_context": context,
-        "timeout": WAIT,
         # a process group of their own: a Ctrl-C is for the main process, which ends its step
         "worker_init_fn": lambda worker: os.setpgid(0, 0),
     }
@@ -234,7 +233,11 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
         workers = 0
     try:
         options = worker_options(workers) if workers else {}
-        for batch in DataLoader(data, batch_sampler=batches, collate_fn=collate, **options):
+        loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=collate, **options))
+        for _ in batches:
+            # of a worker that hangs, or was killed while it wrote a batch, no end would come
+            with time_limit(WAIT, "reading a batch of pictures"):
+                batch = next(loader)
             if workers:
                 batch = torch.load(io.BytesIO(batch), weights_only=True)
             numbers, inputs, unreadable = batch
@@ -245,6 +248,9 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
             yield numbers, inputs, len(unreadable)
     except InputError as e:  # a worker's comes with its traceback
         raise InputError(str(e).rpartition("InputError: ")[2]) from None
+    except TimeoutError as e:
+        raise InputError(f"--workers {workers}: {e}; --workers 0 reads without other processes. A "
+                         "training continues with --resume") from None
     except OSError as e:
         raise InputError(f"--workers {workers}: these processes cannot start ({short(e)}; is "
                          "/dev/shm full?); give --workers 0, or the container a larger --shm-size"
