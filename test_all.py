@@ -1062,6 +1062,7 @@ def test_the_training_is_the_papers_but_for_the_ranking():
     assert throttler.C == 4, "as the shipped pruner and all results"
     args = train.parse_arguments(["--data", "coco.json"])
     assert (args.steps, args.batch, args.keep.of(576)) == (4000, 32, 64)
+    assert args.eval_every == 200, "a twentieth of the steps"
     with torch.device("meta"):
         *_, rate = train.what_learns(SimpleNamespace(width=1024), args, parts, "meta")
     assert rate == pytest.approx(2e-4, rel=0.05)
@@ -1572,6 +1573,14 @@ def test_processes_share_the_memory_and_the_one_with_the_least_room_decides(vlm,
     assert one.plan(vlm, 1000, args) == (2, 2)
 
 
+def test_work_that_is_done_once_is_the_first_processs():
+    done, one = [], Processes("cpu")
+    one.once(lambda: done.append("the first"))
+    one.first = False
+    one.once(lambda: done.append("another"))
+    assert done == ["the first"]
+
+
 def a_run(folder, settings):
     """A run of a module of two weights, before its first step."""
     modules = torch.nn.ModuleDict({"scorer": torch.nn.Linear(1, 1)})
@@ -1610,7 +1619,7 @@ def test_numbers_are_as_exact_as_the_device_is_fast_at(device, dtype):
     assert infer.number_type(args) == dtype
 
 
-def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch):
+def test_schedules_clipping_and_the_budget_reach_the_optimizer(tmp_path, tiny, monkeypatch):
     rates, norms, schedule, statistics_of = [], [], [], []
     step, forward = torch.optim.AdamW.step, train.forward
 
@@ -1638,6 +1647,8 @@ def test_schedules_clipping_and_the_budget_reach_the_optimizer(tiny, monkeypatch
     tiny("--steps", 12, "--lr", 1e-4, "--eval-every", 20)
     half_cosine = [(1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
     assert rates == pytest.approx([1e-4 * share for share in half_cosine])
+    for row in log_of(tmp_path / "out"):
+        assert row["lr"] == pytest.approx(rates[row["step"]], rel=1e-4)
     assert norms == pytest.approx([1.0] * 12, rel=1e-3), "longer than 1, and clipped to it"
     assert schedule == [(20, train.temperature(i / 12)) for i in range(12)]
     assert statistics_of == [5 * 32], "32 tokens of each training image"
@@ -1760,6 +1771,19 @@ def test_the_best_scorer_after_the_annealing_is_kept(tmp_path, tiny, monkeypatch
     assert [weight.equal(best) for weight in closing] == [True, True]
 
 
+def test_watched_alphas_are_those_of_the_scorer_of_their_step(tmp_path, tiny, vlm):
+    two = EXAMPLES[:2]
+    tiny("--steps", 2, "--at-once", 1, "--watch", *two)
+    first, second = json.loads((tmp_path / "out/watched.json").read_text())["frames"]
+    assert [first["tau"], second["tau"]] == [2, 0.1]
+    modules, _ = what_learns_first(vlm, seed=0)
+    X = vlm.encode(vlm.inputs([read_image(path) for path in two], ["?", "?"]))
+    scores = modules["scorer"](X).detach()
+    expected = soft_top_k(distinct(scores, X), 20, 2.0)
+    close(torch.tensor(first["alpha"]), expected, atol=1e-4)
+    assert hardness_of(torch.tensor(second["alpha"]), 20).min() > hardness_of(expected, 20).max()
+
+
 def test_evaluations_are_rare_until_tau_is_down(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(train, "SPARSE", 3)
     tiny("--steps", 16)
@@ -1830,6 +1854,8 @@ def test_half_precision_changes_little_and_the_frozen_model_not_at_all(
     tiny(*argv)
     tiny(*argv, "--out", half, "--dtype", dtype, "--checkpointing", "--at-once", 2)
     assert ranks == {rank}
+    assert [frozen.model.dtype for frozen in loaded] == [torch.float32, getattr(torch, dtype)]
+    assert [frozen.decoder.training for frozen in loaded] == [False, True], "as checkpointing needs"
     assert pruner.load_pruner(out)[1]["choose"] == choose
     for tensor in load_file(half / "checkpoint.safetensors").values():
         assert tensor.dtype == torch.float32
