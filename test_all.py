@@ -1125,6 +1125,16 @@ def test_captions_and_answers_tell_what_is_in_the_scene():
     assert {"Is there a blue star?", "Is there an orange cross?"} < absent - there
 
 
+def test_half_of_the_absent_things_that_are_asked_for_have_one_word_right():
+    """The others are any of the 29 that are absent; of these 9 have, too."""
+    star = dict(color="orange", shape="star", place="top left")
+    asked = [shapes.questions([star], random.Random(seed))[-1] for seed in range(1000)]
+    absent = [text for _, text, answer in asked if answer == "no"]
+    near = [text for text in absent if "orange" in text or "star" in text]
+    assert len(absent) == pytest.approx(500, abs=60)
+    assert len(near) / len(absent) == pytest.approx(0.5 + 0.5 * 9 / 29, abs=0.07)
+
+
 def test_patches_are_labelled_by_the_uppermost_thing_and_by_its_quarter():
     """A purple circle at the top right, on a grey square that reaches below it."""
     square = dict(shape="grey square", color=(9, 9, 9), tone=0.5, x=72, y=40, r=12)
@@ -4686,7 +4696,7 @@ def test_the_training_step_of_bench_is_that_of_train_and_its_share_by_hand(vlm):
 
 def test_bench_has_a_row_for_each_way_batch_and_count(tmp_path, capsys):
     path = tmp_path / "speed.json"
-    counts = "--keep 36 --batch 1 2 --words 3 --training 2 --repeats 1 --graphs".split()
+    counts = "--keep 36 --batch 1 2 --words 3 4 --training 2 --repeats 1 --graphs".split()
     run(bench.main, "--model", TINY, "--device", "cpu", *counts, "--json", path)
     rows = json.loads(path.read_text())["speed"]["rows"]
     answers, choosing, training = rows[:8], rows[8:10], rows[10]
@@ -6012,12 +6022,18 @@ def test_the_losses_of_a_training_are_drawn_under_their_names(tmp_path, monkeypa
 def test_a_training_is_drawn_with_each_pictures_own_alpha(tmp_path):
     """Of the first picture nothing gets through, of the second all."""
     watched = [str(path) for path in EXAMPLES[:2]]
-    frame = {"step": 3, "tau": 0.5, "alpha": [144 * [0.0], 144 * [1.0]]}
-    files.write(tmp_path / "watched.json", {"images": watched, "frames": [frame]})
+    frames = [{"step": step, "tau": 0.5, "alpha": [144 * [0.0], 144 * [1.0]]} for step in range(5)]
+    files.write(tmp_path / "watched.json", {"images": watched, "frames": frames})
     files.write(tmp_path / "pruner.json", {"model": str(TINY)})
     draw.training(tmp_path)
     with Image.open(tmp_path / "training.gif") as drawing:
         moment = drawing.convert("RGB")
+        bars = []
+        for number in range(3):  # every second frame, and the bar under it
+            drawing.seek(number)
+            pixels = [drawing.convert("RGB").getpixel((x, 167)) for x in (20, 180, 190, 360)]
+            bars.append([red > green + 100 for red, green, _ in pixels])
+    assert bars == [4 * [False], [True, True, False, False], 4 * [True]]
     for i, (path, least, most) in enumerate(((EXAMPLES[0], 40, 255), (EXAMPLES[1], 0, 15))):
         place = moment.crop((10 + 122 * i, 10, 122 + 122 * i, 122))
         picture = read_image(path).resize(place.size)
@@ -6108,6 +6124,39 @@ def test_the_servers_warm_up_does_not_count(monkeypatch):
     assert times == {"576": pytest.approx([4, 4]), "64": pytest.approx([1, 1])}
 
 
+def test_six_scenes_are_drawn_with_the_answers_by_all_and_by_the_kept_tokens(monkeypatch):
+    def generate(inputs, X, keep=None):
+        return ["one" if keep is None else "two"]
+
+    def label(draw, x, y, text, *_):
+        said.append(text)
+
+    said, (tiny_vlm, _) = [], draw.tiny()
+    monkeypatch.setattr(tiny_vlm, "generate", generate)
+    monkeypatch.setattr(draw, "label", label)
+    draw.kept()
+    assert said.count("all 144: one") == said.count("these 16: two") == 6
+
+
+def test_dependence_is_of_outputs_down_on_inputs_across():
+    matrix = draw.dependence(lambda X: X[:, :1].expand_as(X))  # all see the first token
+    assert matrix[:, 0].min() > 0
+    assert not matrix[:, 1:].any()
+
+
+def test_the_curves_of_the_soft_top_k_become_steep(monkeypatch):
+    def line_chart(series, *labels, **options):
+        return series
+
+    monkeypatch.setattr(draw, "line_chart", line_chart)
+    series = draw.soft_top_k_curves()
+    *soft, hard = [dict(points) for points in series.values()]
+    at_eight = [alpha[8] for alpha in soft]
+    assert at_eight == sorted(at_eight) and at_eight[0] < 0.7 and at_eight[-1] > 0.99
+    for alpha in soft:
+        assert sum(alpha.values()) == pytest.approx(16, abs=1e-3)
+
+
 def test_the_gates_picture_shows_the_strongest_components_in_their_own_deviations(monkeypatch):
     """Where alpha is 1 a channel of 128 ± 55 is a component's mean ± its deviation."""
     deviations = torch.arange(1.0, 129)
@@ -6167,15 +6216,16 @@ def test_each_seed_of_a_variant_is_trained_its_own_way(vlm, tmp_path, monkeypatc
     trained = []
 
     def train_spy(options, parts):
-        options.out.mkdir(parents=True)
+        options.out.mkdir(exist_ok=True)
+        assert options.steps == args.steps
         trained.append((options.out.name, options.seed, options.choose, options.keep.count, parts))
 
     monkeypatch.setattr(study, "train", train_spy)
-    args = SimpleNamespace(seeds=2, ablated=1, steps=3, device="cpu", dtype=None, runs=tmp_path)
-    for _ in range(2):  # what is there is not trained again
+    args = SimpleNamespace(seeds=2, ablated=1, device="cpu", dtype=None, runs=tmp_path)
+    for args.steps in (3, 3, 4):  # what was made the same way is not trained again
         folders = study.trained(args, vlm, study.VARIANTS)
     variants = {name: parts for name, (_, parts) in study.VARIANTS.items()}
-    assert trained == [
+    assert trained == 2 * [
         ("ours-0", 0, "distinct", 16, train.Parts()), ("ours-1", 1, "distinct", 16, train.Parts()),
         ("papers-0", 0, "top", 16, train.Parts()), ("papers-1", 1, "top", 16, train.Parts()),
         ("Gumbel-0", 0, "distinct", 16, variants["Gumbel"]),
@@ -6240,6 +6290,22 @@ def test_what_kept_tokens_lie_on_is_counted_by_hand(monkeypatch):
     assert shares["all"] == pytest.approx([100 / 12, 100 / 12, 1000 / 12])
     assert shares["norm 16"] == pytest.approx([75, 25, 0])
     assert shares["norm 4"] == pytest.approx([100, 0, 0])
+
+
+def test_a_part_of_the_gpus_study_replaces_its_own_numbers_alone(tmp_path, monkeypatch):
+    def run_command(command, **options):
+        assert command == [sys.executable, "-m", "pytest", "-q"]
+        return SimpleNamespace(returncode=3, stdout="...\n1 failed\n")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(study.subprocess, "run", run_command)
+    path = tmp_path / "gpu.json"
+    files.write(path, {"gpu": {"tests": "old", "training": "old, too"}})
+    args = SimpleNamespace(json=path, variants=["tests"], to=tmp_path, runs=tmp_path)
+    assert study.gpu(args) == {
+        "tests": {"command": "-m pytest -q", "exit": 3, "said": "1 failed"},
+        "training": "old, too",
+    }
 
 
 def test_closing_up_positions_costs_most_where_a_place_is_asked_for(tmp_path, monkeypatch):
