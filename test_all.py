@@ -4147,6 +4147,17 @@ def test_a_picture_from_stdin_is_pruned_measured_and_drawn(vlm, tmp_path, capsys
     assert "model data/shapes/llava, pruner" in line
 
 
+@pytest.mark.parametrize("T", [0.0, 1.0])
+def test_a_threshold_of_the_command_line_keeps_what_ranks_above_it(T, vlm, preloaded, capsys):
+    options = "--pruner", ROOT / "data/shapes/pruner", "--device", "cpu", "--threshold", T
+    run(infer.main, PICTURE, QUESTIONS[0], *options, "--json")
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    X = vlm.encode(vlm.inputs([read_image(PICTURE)], ["?"]))
+    scorer, _ = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    above = distinct(scorer(X), X)[0] > T
+    assert record["kept"] == above.nonzero().flatten().tolist()
+
+
 @pytest.mark.parametrize("choose", pruner.RANKINGS)
 def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
         choose, vlm, preloaded, tmp_path, capsys, monkeypatch):
