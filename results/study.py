@@ -85,14 +85,6 @@ def global_denoiser(d_v):
     return Denoiser(d_v, diagonal=False)
 
 
-def distinct_by(c):
-    """throttler.distinct with another factor c."""
-    def rank(scores, X):
-        return distinct(scores, X, c)
-    rank.__name__ = f"distinct, c = {c}"
-    return rank
-
-
 VARIANTS = {  # (--choose, what replaces the parts of the method)
     "ours": ("distinct", Parts()),
     "papers": ("top", Parts()),
