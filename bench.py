@@ -6,8 +6,8 @@ GPU prefill timing: what each stage of an answer costs, with all visual tokens a
     python bench.py --count                                        # launches, on any machine
 
 random: is a true architecture with random weights. On a GPU every answer is timed twice: eager,
-where Python launches each kernel, and by CUDA graphs (common/graphs.py). All is timed in turn in one
-run, so that a drift of the machine hits every row alike. Each number is a median, in ms. What
+where Python launches each kernel, and by CUDA graphs (common/graphs.py). All is timed in turn in
+one run, so that a drift of the machine hits every row alike. Each number is a median, in ms. What
 pruning keeps is measured by python -m eval.accuracy.
 """
 import argparse
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
+from common import memory
 from common.criteria import average_pooling, cls_attention, criteria, pooled_grid
 from common.files import InputError, cli
 from common.graphs import CACHE, Graphed, Graphs
@@ -129,7 +130,7 @@ def eager_stream(vlm, inputs, X, keep, clock):
     sequence = vlm.embed(inputs, X, keep)  # L' = L - N + K
     clock.mark("project")
     mask, position = sequence["attention_mask"], sequence["position_ids"][..., -1:]
-    with vlm.telling(sequence) as given:
+    with vlm.prepared(sequence) as given:
         out = vlm.model(**given, use_cache=True, logits_to_keep=1)
     while True:
         token = out.logits[:, -1:].argmax(-1)  # (B, 1)
@@ -294,7 +295,7 @@ def activation_memory(vlm, batch, once):
     before = torch.cuda.memory_allocated()
     once(Clock("cuda"))
     used = torch.cuda.max_memory_allocated() - before
-    planned = vlm.memory(0, batch)["activations"]
+    planned = memory.of_a_step(vlm, 0, batch)["activations"]
     return {"planned GB": planned / 1e9, "used GB": used / 1e9}
 
 
@@ -367,10 +368,11 @@ def parse_arguments():
         help="tokens to keep (default: the papers' budgets, 33.3%% 22.2%% 11.1%%)")
     add("--choose", choices=RANKINGS, default="distinct",
         help="how the scorer's tokens are chosen (default: %(default)s)")
-    add("--batch", type=int, nargs="+", default=[1], help="sizes, images at once (default: 1)")
+    add("--batch", type=int, nargs="+", default=[1],
+        help="pictures at a time, one or several sizes (default: 1)")
     add("--text", type=int, default=95, metavar="T", help="text tokens (default: %(default)s)")
     add("--words", type=int, nargs="+", default=[8, 32], metavar="T",
-        help="tokens of an answer, also several (default: 8 32)")
+        help="lengths of an answer to time, in tokens (default: 8 32)")
     add("--repeats", type=int, metavar="N", help="timed passes (default: 20 on a GPU, 5 on a CPU)")
     add("--graphs", action=argparse.BooleanOptionalAction,
         help="answers by CUDA graphs, too (default: on a GPU; a CPU records nothing)")

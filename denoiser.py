@@ -3,8 +3,8 @@ The denoiser, step 4 continued: repairs each gated token from its own content. I
 
 One Transformer block whose attention mask is the identity (DiffPrune, arXiv 2605.28051): a token
 that saw others could copy from them what the gate withheld, and spoil what the scorer learns.
-Softmax over a single key is 1, so the whole attention collapses to two linear maps, and no attention
-scores need computing:
+Softmax over a single key is 1, so the whole attention collapses to two linear maps, and no
+attention scores need computing:
 
     softmax(q_i·k_i)·v_i = v_i        Attention(x)_i = W_o·W_v·x_i
 
@@ -27,7 +27,7 @@ class DiagonalAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, valid=None):
         return self.out(self.value(x))  # W_o·W_v·x: every softmax weight is 1
 
 

@@ -4,7 +4,7 @@ Ask a VLM about a picture, with only the tokens that a pruner keeps.
     python infer.py data/shapes/examples/00000.jpg "What color is the star?"
     python infer.py img.jpg "question" --keep 32 --show kept.png  # which tokens, as a picture
     python infer.py img.jpg "question" --keep '~16'               # 16 on average, by the picture
-    python infer.py img.jpg                                       # many questions
+    python infer.py img.jpg                                       # one question after another
     python infer.py --questions llava_pope_test.jsonl --images val2014/ --answers out.jsonl
 
 A model that has no pruner yet, by a choice that needs no training:
@@ -199,11 +199,6 @@ def answer_questions(args, vlm, rows, choose, by, scorer):
 
 # --- one picture ----------------------------------------------------------------------------------
 
-def answer_to(vlm, inputs, X, keep, max_new_tokens):
-    """The answer to one question."""
-    return vlm.generate(inputs, X, keep, max_new_tokens)[0]
-
-
 def milliseconds(f):
     """How long f() takes, the shorter of two tries."""
     return 1000 * min(timeit.repeat(f, number=1, repeat=2))
@@ -217,7 +212,7 @@ def prefill_cost(vlm, inputs, X, keep=None):
     fused forms torch does not count all.
     """
     counter = FlopCounterMode(display=False)
-    with vlm.telling(vlm.embed(inputs, X, keep)) as given:
+    with vlm.prepared(vlm.embed(inputs, X, keep)) as given:
         with counter, sdpa_kernel(SDPBackend.MATH):
             cache = vlm.model(**given, use_cache=True, logits_to_keep=1)[CACHE]
     size = 0
@@ -244,7 +239,8 @@ def chat(vlm, image, X, keep, max_new_tokens):
         except InputError as e:
             print("error:", e, file=sys.stderr)
             continue
-        print(answer_to(vlm, inputs, X, keep, max_new_tokens), flush=True)
+        answer, = vlm.generate(inputs, X, keep, max_new_tokens)
+        print(answer, flush=True)
 
 
 def draw(args, vlm, inputs, image, X, kept, scorer, answers):
@@ -275,15 +271,17 @@ def answer_one(args, vlm, image, choose, scorer):
         print(f"kept {len(kept)} of {N} visual tokens", flush=True)
         return chat(vlm, image, X, keep, args.max_new_tokens)
 
-    answer = answer_to(vlm, inputs, X, keep, args.max_new_tokens)
+    if args.show:
+        vlm.boxes(inputs)  # where it is not known, nobody need wait for the answer
+    answer, = vlm.generate(inputs, X, keep, args.max_new_tokens)
     print(answer, flush=True)
     if args.show:
-        full_answer = answer_to(vlm, inputs, X, None, args.max_new_tokens)
+        full_answer, = vlm.generate(inputs, X, None, args.max_new_tokens)
         draw(args, vlm, inputs, image, X, kept, scorer, (full_answer, answer))
     # each with the kept tokens, and with all
     cache, flops = zip(prefill_cost(vlm, inputs, X, keep), prefill_cost(vlm, inputs, X))
-    ms = (milliseconds(lambda: answer_to(vlm, inputs, X, choose(X, inputs), 1)),
-          milliseconds(lambda: answer_to(vlm, inputs, X, None, 1)))
+    ms = (milliseconds(lambda: vlm.generate(inputs, X, choose(X, inputs), 1)),
+          milliseconds(lambda: vlm.generate(inputs, X, None, 1)))
     print(f"kept {len(kept)} of {N} visual tokens")
     print(f"reading the prompt: {flops[0] / 1e9:,.2f} GFLOP instead of {flops[1] / 1e9:,.2f}, "
           f"{ms[0]:.0f} ms with the choice instead of {ms[1]:.0f}, "
@@ -307,10 +305,12 @@ def parse_arguments():
     add("--max-new-tokens", type=int, default=128, metavar="N",
         help="tokens of an answer (default: %(default)s)")
     add("--show", type=Path, metavar="PNG",
-        help="draw what was kept, with the answers by all and by the kept tokens")
+        help="draw what was kept (LLaVA-1.5, LLaVA-NeXT, Qwens), with the answers by all and by "
+        "the kept tokens")
     add("--json", action="store_true", help="print the results as JSON on the last line")
     add("--graphs", action="store_true",
-        help="replay CUDA graphs, so that the GPU does not wait for Python (on a CPU the same steps)")
+        help="replay CUDA graphs, so that the GPU does not wait for Python (a CPU takes the same "
+        "steps)")
     add_question_arguments(parser)
     return parser.parse_args()
 

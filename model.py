@@ -8,9 +8,9 @@ The frozen VLM: load it, encode images, put all or only the kept visual tokens i
     print(vlm.generate(inputs, X, keep))
 
 One class serves every model of transformers that puts image features at places of its prompt.
-Nothing is known of a model, and nothing is patched: hear() calls the stock model, and a hook on its
-language model (LLM) listens to what that is told, then ends the call. So embeddings, positions and
-masks are the stock model's own. Pruning takes the rows of the dropped tokens out of all of them.
+Nothing is known of a model, and nothing is patched: intercept() calls the stock model, and a hook
+on its language model (LLM) catches what that is called with, then ends the call. So embeddings,
+positions and masks are the stock model's own. Pruning takes the dropped tokens' rows out of all.
 
 A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the
 full sequence with the dropped tokens masked out in every layer, and keeping all tokens exactly
@@ -37,7 +37,7 @@ from common.weights import (complete, find, hushed, image_token, one_line, read_
 from data.pictures import read_image  # noqa: F401 (one import brings what a script needs)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# what a stock model may tell its LLM, by shape
+# what a stock model may call its LLM with, by shape
 ROWS = {"inputs_embeds", "per_layer_inputs"}  # (B, L, …)
 PLACES = {"position_ids", "attention_mask", "token_type_ids", "moe_mm_token_type_ids",
           "visual_pos_masks"}  # (…, L), or attention_mask (B, 1, L, L)
@@ -103,7 +103,7 @@ def at_places(values, places, skip=0):
 
 
 def take(value, name, order):
-    """What is told under that name, only of the places order (B, L')."""
+    """What the LLM gets under that name, only of the places order (B, L')."""
     if isinstance(value, dict):
         return {kind: take(mask, name, order) for kind, mask in value.items()}
     if not torch.is_tensor(value):
@@ -138,8 +138,8 @@ def ragged(counts):
     return {} if valid.all() else {"valid": valid}
 
 
-class Heard(Exception):
-    """Ends a call of the stock model as its LLM begins; carries what that was told."""
+class Intercepted(Exception):
+    """Ends a call of the stock model as its LLM begins; carries what that was called with."""
 
 
 class VLM:
@@ -185,8 +185,8 @@ class VLM:
             limits["sliding window"] = text.sliding_window
         if "chunked_attention" in kinds:
             limits["attention chunk"] = text.attention_chunk_size
-        self.limit = min(limits, key=limits.get)
-        self.context = limits[self.limit]
+        self.limited_by = min(limits, key=limits.get)
+        self.context = limits[self.limited_by]
         self.exact = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
 
     # --- before anything is done with it ----------------------------------------------------------
@@ -203,7 +203,7 @@ class VLM:
         ids = self.inputs([grey, grey], ["What?", "Where?"])["input_ids"]
         if ids[0].equal(ids[1]):
             raise InputError("two questions become the same prompt, so none would be heard; "
-                             "mend chat_template.jinja or tokenizer.json")
+                             "fix chat_template.jinja or tokenizer.json")
         inputs = self.inputs([grey], ["?"])
         X = self.encode(inputs)  # (1, N, d_v)
         text = (inputs["input_ids"] != self.image_id).sum().item()
@@ -243,45 +243,6 @@ class VLM:
             raise InputError(f"pruning is not masking: log-probabilities differ by {error:.2g}, "
                              f"and by {effect:.2g} where two thirds of a picture are hidden; give "
                              "another model")
-
-    def recompute(self):
-        """Gradient checkpointing: the backward pass computes the LLM's activations once more."""
-        llm = self.decoder.train()  # transformers does it in train mode only; no dropout, though
-        for module in llm.modules():
-            module.attention_dropout = 0.0
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
-        # the first is transformers' new name for the second
-        enable = getattr(llm, "activation_checkpointing_enable", llm.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-
-    def memory(self, learned, B, recompute=False):
-        """Bytes of a training step by part: B images, captions of 20 tokens, so many parameters."""
-        c, size = self.model.config.get_text_config(), self.model.dtype.itemsize
-        D, F, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        N = self.tokens or 2880
-        L = N + 40
-        # A frozen linear map keeps nothing for the backward pass. A layer keeps for each token the
-        # inputs of two norms in float32; q, k, v and the attention's output (D each), a number for
-        # each head; three tensors of the MLP's width F.
-        layer = 2 * 4 * D + (4 * D + 3 * F) * size + 4 * c.num_attention_heads
-        kept = L * layers * layer
-        if recompute:
-            kept = L * (layers * D * size + layer)
-        kept += 4 * N * (48 * min(self.width, 1024) + 12 * self.width)  # scorer, gate, denoiser
-        kept += 6 * N * N  # the ranking: how alike all pairs are, and which is the better
-        kept += 20 * c.vocab_size * (size + 8)  # logits
-        frozen = 0
-        for p in self.model.parameters():
-            own = p.to_local() if hasattr(p, "to_local") else p  # of a shard, only its part
-            frozen += own.nbytes
-        learned = 16 * learned + 4 * self.width ** 2  # with AdamW's moments; the gate's L
-        return {"frozen": frozen, "learned": learned, "activations": B * kept}
-
-    def images_that_fit(self, learned, free_bytes, recompute=False):
-        """How many images fit at once beside the frozen model; a tenth of the room is a reserve."""
-        plan = self.memory(learned, 1, recompute)
-        return max(0, int((0.9 * free_bytes - plan["learned"]) // plan["activations"]))
 
     # --- from pictures and questions to tensors ---------------------------------------------------
 
@@ -358,14 +319,14 @@ class VLM:
         room = self.context - self.chat_tokens - (self.tokens or 0)
         if size > room and len(self.processor.tokenizer(text).input_ids) > room:
             raise InputError(f"{where} is longer than the {room} tokens left in the model's "
-                             f"{self.limit}; shorten it")
+                             f"{self.limited_by}; shorten it")
 
     def check_length(self, ids):
         """InputError for too long a sequence, or a token that the model does not know."""
         L, known = ids.shape[1], len(self.model.get_input_embeddings().weight)
         if L > self.context:
-            raise InputError(f"picture and text are {L} tokens, and the model's {self.limit} is "
-                             f"{self.context}; shorten one")
+            raise InputError(f"picture and text are {L} tokens, and the model's {self.limited_by} "
+                             f"is {self.context}; shorten one")
         if (ids.masked_fill(ids == self.image_id, 0) >= known).any():
             raise InputError(f"the tokenizer uses tokens above the model's {known}; get both of "
                              "one model")
@@ -380,7 +341,8 @@ class VLM:
         if wrong.any():
             i = wrong.int().argmax()
             raise InputError(f"a prompt has {places[i]} places for {tokens[i]} visual tokens; "
-                             "mend the chat template, or the processor's files by config.json")
+                             "fix the chat template, or make the processor's files agree with "
+                             "config.json")
 
     def dummy_inputs(self, batch=1, text_tokens=95, image_size=(672, 672)):
         """As inputs(), without a tokenizer: noise for pictures of (height, width), any text."""
@@ -418,24 +380,24 @@ class VLM:
         return given
 
     @torch.no_grad()
-    def hear(self, inputs, **changes):
-        """What the stock model would tell its LLM, which does not run: {name: tensor}.
+    def intercept(self, inputs, **changes):
+        """What the stock model calls its LLM with, {name: tensor}. The LLM itself does not run.
 
         inputs_embeds (B, L, D) and position_ids (…, B, L) are among it. Without pixels, what is at
-        the picture's places means nothing. InputError if it tells what cannot be pruned.
+        the picture's places means nothing. InputError for what cannot be pruned.
         """
         def stop(module, args, llm_inputs):
-            raise Heard(llm_inputs)
+            raise Intercepted(llm_inputs)
 
         llm_inputs = {}
         hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(**self.model_inputs(inputs) | changes, use_cache=False)
-        except Heard as heard:
-            llm_inputs, = heard.args
+        except Intercepted as call:
+            llm_inputs, = call.args
         except (ValueError, IndexError) as e:  # the stock model compares places and tokens, too
-            raise InputError(f"the model cannot read picture and prompt ({short(e)}); mend the "
-                             "processor's files by config.json") from None
+            raise InputError(f"the model cannot read picture and prompt ({short(e)}); make the "
+                             "processor's files agree with config.json") from None
         finally:
             hook.remove()
         if llm_inputs.get("inputs_embeds") is None:
@@ -445,7 +407,7 @@ class VLM:
         llm_inputs = {name: value for name, value in llm_inputs.items() if isinstance(value, kinds)}
         llm_inputs.pop("cache_position", None)
         for name in llm_inputs.keys() - ROWS - PLACES - {DEEP}:
-            raise InputError(f"its class tells the language model {name}, too, and how to prune "
+            raise InputError(f"its class gives the language model {name}, too, and how to prune "
                              "that is not known; give another model")
         mask = inputs["attention_mask"]
         positions = llm_inputs.get("position_ids", (mask.cumsum(1) - 1).clamp_min(0))
@@ -455,7 +417,7 @@ class VLM:
     @torch.no_grad()
     def encode(self, inputs):
         """X (B, N, d_v): what stands at the picture's places, and what deepstack adds there."""
-        llm_inputs = self.hear(inputs)
+        llm_inputs = self.intercept(inputs)
         X = llm_inputs["inputs_embeds"][self.visual(inputs)]  # (tokens of all rows, D)
         X = torch.cat([X, *llm_inputs.get(DEEP, [])], -1)  # (tokens of all rows, d_v)
         if "valid" not in inputs:
@@ -481,13 +443,13 @@ class VLM:
             position   0   1   2   3    4                          0   1   3    4
 
         -1 in keep stands for no token, at the left of those of an image that keeps fewer than K.
-        What the LLM is told beside that, in some classes, is under "extra"; see telling().
+        What the LLM gets beside that, in some classes, is under "extra"; see prepared().
         """
         shown = inputs["attention_mask"].bool()  # (B, L), what the LLM is to see
         visual, first = self.visual(inputs), 0  # (B, L)
         if keep is not None:
             shown = shown & (at_places(is_kept(keep, X.shape[1]), visual) | ~visual)
-        llm_inputs = self.hear_text(inputs, None if keep is None else shown)
+        llm_inputs = self.intercept_text(inputs, None if keep is None else shown)
         llm_inputs |= {"shown": shown, "visual": visual & shown}
         llm_inputs |= {name: inputs[name] for name in ("input_ids", "labels") if name in inputs}
         if keep is not None:
@@ -501,19 +463,19 @@ class VLM:
             first = (keep < 0).sum(1, keepdim=True)  # (B, 1), of each row's real tokens
         return self.fill(llm_inputs, X, first)
 
-    def hear_text(self, inputs, shown=None):
-        """What the LLM is told, of the full length L, but for the picture's embeddings.
+    def intercept_text(self, inputs, shown=None):
+        """What the LLM is called with, of the full length L, but for the picture's embeddings.
 
         Positions are those of the full sequence. Masks of a class's own are made as if what is not
         shown (B, L) were padding.
         """
         text = {name: t for name, t in inputs.items() if not name.startswith("pixel")}
-        llm_inputs = self.hear(text)
+        llm_inputs = self.intercept(text)
         if not has_masks(llm_inputs):
             llm_inputs.pop("attention_mask", None)
         elif shown is not None:
             positions = llm_inputs["position_ids"]
-            llm_inputs = self.hear(text, attention_mask=shown.long(), position_ids=positions)
+            llm_inputs = self.intercept(text, attention_mask=shown.long(), position_ids=positions)
         return llm_inputs
 
     def fill(self, llm_inputs, X, first=0):
@@ -530,20 +492,20 @@ class VLM:
                 sequence[name] = llm_inputs.pop(name)
         if deep:
             llm_inputs |= {"visual_pos_masks": visual, DEEP: [level[visual] for level in deep]}
-        if self.by_ids:  # generate() takes no embeddings: it gets ids, and the LLM is told the rest
+        if self.by_ids:  # generate() takes no embeddings: it gets ids, and the LLM the rest
             llm_inputs["inputs_embeds"] = sequence.pop("inputs_embeds")
             sequence = {"input_ids": ids, **sequence}
         return {**sequence, "extra": llm_inputs} if llm_inputs else sequence
 
     @contextmanager
-    def telling(self, sequence):
-        """with telling(embed(…)) as given: the stock model can be called with **given.
+    def prepared(self, sequence):
+        """with prepared(embed(…)) as given: the stock model can be called with **given.
 
-        In this block its LLM is told the rest, too, when it reads a prompt from its beginning.
+        In this block its LLM gets what is extra, too, when it reads a prompt from its beginning.
         """
         given = {name: value for name, value in sequence.items() if name not in ("extra", "labels")}
 
-        def tell(module, args, kwargs):
+        def add_extra(module, args, kwargs):
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             begins = cache is None or not cache.get_seq_length()
             return args, {**kwargs, **sequence["extra"]} if begins else kwargs
@@ -551,7 +513,7 @@ class VLM:
         if "extra" not in sequence:
             yield given
             return
-        hook = self.decoder.register_forward_pre_hook(tell, with_kwargs=True)
+        hook = self.decoder.register_forward_pre_hook(add_extra, with_kwargs=True)
         try:
             yield given
         finally:
@@ -559,7 +521,7 @@ class VLM:
 
     def logits(self, inputs, X, keep=None, last=0):
         """(B, L', V), or only those of the last places."""
-        with self.telling(self.embed(inputs, X, keep)) as given:
+        with self.prepared(self.embed(inputs, X, keep)) as given:
             logits = self.model(**given, use_cache=False, logits_to_keep=last).logits
         return logits[:, -last:]  # some classes give them all
 
@@ -593,12 +555,12 @@ class VLM:
         def at_the_end(ids, logits, **_):
             return ids.shape[1] - start >= room
 
-        with self.telling(sequence) as given:
+        with self.prepared(sequence) as given:
             ids = self.model.generate(
                 **given, max_new_tokens=max_new_tokens, logits_processor=[watch],
                 stopping_criteria=[at_the_end])
         if not all(finite):
-            raise InputError("features or logits are no finite numbers: the weights are damaged, "
+            raise InputError("features or logits are not finite numbers: the weights are damaged, "
                              "or overflow in this number type; try --dtype float32")
         answers = self.processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return [text.strip() for text in answers]

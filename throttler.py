@@ -60,8 +60,8 @@ class Block(nn.Module):
             nn.Linear(4 * width, width),
         )
 
-    def forward(self, x, *valid):
-        x = x + self.attn(self.norm1(x), *valid)
+    def forward(self, x, valid=None):
+        x = x + self.attn(self.norm1(x), valid)
         return x + self.mlp(self.norm2(x))
 
 
@@ -102,8 +102,8 @@ C = 4.0
 def standardised(scores):
     """z = (s - mean) / standard deviation over each image's real tokens; padding stays -inf.
 
-    (B, N) -> (B, N). Soft top-K is blind to a shift of an image's scores, so their level means
-    nothing. The level of z does: one threshold serves all pictures.
+    (B, N) -> (B, N). Adding a constant to all scores of an image does not change its soft top-K, so
+    the scores of two images cannot be compared. Their z can: one threshold serves all images.
     """
     padding = scores.isneginf()
     n = (~padding).sum(-1, keepdim=True)  # (B, 1) real tokens
@@ -120,7 +120,7 @@ def distinct(scores, X, c=C):
 
         d_i = z_i - c · max over tokens j with z_j > z_i of cos⁺(x_i - x̄, x_j - x̄)
 
-    z: the standardised scores (B, N); x: the features X (B, N, d), x̄ their mean over the image;
+    z: the standardised scores (B, N); x: the features X (B, N, d_v), x̄ their mean over the image;
     cos⁺ = max(0, cos). Padding (a score of -inf) stays -inf. It takes N² numbers an image. The
     gradient is that of z alone: which tokens are better, and how alike they are, are constants.
     Related: Matrix NMS (SOLOv2, arXiv 2003.10152), for masks instead of tokens.
@@ -139,28 +139,28 @@ def distinct(scores, X, c=C):
 
 def check_count(ranking, K, least):
     """ValueError unless each row's K lies between `least` and its tokens."""
-    N = ranking.shape[-1]
-    if torch.is_tensor(K):
+    N, many = ranking.shape[-1], torch.is_tensor(K)
+    if many:
         N = (~ranking.isneginf()).sum(-1)
     if not torch.as_tensor((least <= K) & (K <= N)).all():
+        if many:
+            N, K = N.tolist(), K.tolist()
         raise ValueError(f"K must lie between {least} and the {N} tokens there are, not {K}")
 
 
 def select(ranking, K):
     """Indices (B, K) of the K highest of a ranking (B, N), ascending: the tokens' original order.
 
-    ValueError unless 1 <= K <= N. K may be a tensor (B,), a budget for each image; a row that keeps
-    fewer than the most begins with -1.
+    ValueError unless 1 <= K <= N. K may be a tensor (B,), a budget for each image; then keep is as
+    wide as the largest of them, and other rows are filled up with -1 at the left.
     """
     check_count(ranking, K, 1)
-    if not torch.is_tensor(K):
-        top = ranking.topk(K, dim=-1)
-        keep = top.indices.masked_fill(top.values.isneginf(), -1)  # never padding
-        return keep.sort(dim=-1).values
-    most = int(K.max())
-    top = ranking.topk(most, dim=-1)  # descending
-    beyond = torch.arange(most, device=K.device) >= K.unsqueeze(-1)  # (B, most)
-    keep = top.indices.masked_fill(beyond | top.values.isneginf(), -1)
+    many = torch.is_tensor(K)
+    top = ranking.topk(int(K.max()) if many else K, dim=-1)  # descending
+    none = top.values.isneginf()  # padding is never kept
+    if many:
+        none |= torch.arange(none.shape[-1], device=K.device) >= K.unsqueeze(-1)
+    keep = top.indices.masked_fill(none, -1)
     return keep.sort(dim=-1).values
 
 
@@ -179,14 +179,15 @@ class SoftTopK(torch.autograd.Function):
         if torch.is_tensor(K):
             K = K.unsqueeze(-1)  # (..., 1), a budget for each row
         r = s.sort(dim=-1, descending=True).values
-        # With the k highest scores above b and the others below,
+        # F(x) = ½·e^x below 0, and 1 - ½·e^-x above. With the k highest above b, the others below,
         #     Σ_i F(s_i - b) = k - ½·e^b·P + ½·e^-b·Q     P = Σ_{i<=k} e^-r_i,   Q = Σ_{i>k} e^r_i
         edge = torch.full_like(r[..., :1], -torch.inf)
         above = (-r).logcumsumexp(-1)
         below = r.flip(-1).logcumsumexp(-1).flip(-1)
         logP = torch.cat([edge, above], -1)  # (..., N+1), k = 0 … N
         logQ = torch.cat([below, edge], -1)
-        # k = how many scores, put in the place of b, leave a sum of at most K (it falls as b grows)
+        # k is how many lie above b. If b were r_k, the sum would be at_r. It falls as b grows, so
+        # r_k lies above b as long as at_r <= K.
         k = torch.arange(1, s.shape[-1] + 1, device=s.device)
         P_part = (logP[..., 1:] + r).exp()
         Q_part = (logQ[..., 1:] - r).exp()
@@ -195,7 +196,7 @@ class SoftTopK(torch.autograd.Function):
         k = above_b.sum(-1, keepdim=True)
         logP = logP.gather(-1, k)
         logQ = logQ.gather(-1, k)
-        # Σ = K is a quadratic in e^b, solved in logarithms and without cancellation: with m = K - k,
+        # Σ = K is a quadratic in e^b, solved in logarithms, without cancellation: with m = K - k,
         #     e^b = Q / (m + √(m² + PQ)) = (-m + √(m² + PQ)) / P
         m = K - k.double()
         PQ = (logP + logQ).exp()
@@ -241,13 +242,13 @@ def soft_top_k(ranking, K, tau=1.0):
 # --- step 4: a gate of noise ----------------------------------------------------------------------
 
 def whitening(X):
-    """Mean (d,) and L (d, d) with L·Lᵀ the covariance of the tokens X (..., d), in float32.
+    """Mean (d_v,) and L (d_v, d_v), L·Lᵀ the covariance of the tokens X (..., d_v), in float32.
 
     Estimated in float64, by eigenvalues, not Cholesky: features are low-rank. The eigenvalues are
     floored at 1e-8 of the largest, so that a direction which this sample happens to lack gets some
     noise, too.
     """
-    X = X.reshape(-1, X.shape[-1]).double()  # (tokens, d)
+    X = X.reshape(-1, X.shape[-1]).double()  # (tokens, d_v)
     mean = X.mean(0)
     X = X - mean
     values, vectors = torch.linalg.eigh(X.T @ X / len(X))
@@ -262,10 +263,10 @@ def _sqrt(t):
 
 
 def vp_gate(X, alpha, mean, L, noise=None):
-    """Let a share alpha (B, N) of the information in X (B, N, d) through, (B, N, d).
+    """Let a share alpha (B, N) of the information in X (B, N, d_v) through, (B, N, d_v).
 
     The variance-preserving noise gate: mean and covariance of the result are those of X, whatever
-    alpha is. `noise` (B, N, d) is standard normal, drawn afresh if not given. Noise that ignores
+    alpha is. `noise` (B, N, d_v) is standard normal, drawn afresh if not given. Noise that ignores
     the covariance can be averaged out (README).
     """
     if noise is None:

@@ -1,7 +1,7 @@
 """
 Train a Scorer for a frozen VLM, with next-token loss on captions and nothing else.
 
-    python train.py                          # the embedded default: a tiny LLaVA, minutes on two cores
+    python train.py                  # the embedded default: a tiny LLaVA, minutes on two cores
     python train.py --data captions_train2014.json --images train2014/    # LLaVA-1.5-7B, on a GPU
     torchrun --nproc_per_node 8 train.py --data …                         # the same on eight GPUs
 
@@ -10,8 +10,9 @@ the deployed path: the chosen tokens stay, the rest is gone. The bar shows its l
 captions as "pruned"; "loss" is that of the training. Hardness is the mean alpha of the K largest:
 at 1 the two paths are the same. A question file gives a closing table of what accuracy is kept.
 
-Writes scorer.safetensors, pruner.json, log.jsonl, watched.json and a checkpoint into --out. A run
-that was stopped or killed continues with --resume, and ends with the same scorer, bit for bit.
+Writes scorer.safetensors, pruner.json, log.jsonl and a checkpoint into --out, with --watch
+watched.json, too. A run that was stopped or killed continues with --resume, and ends with the same
+scorer, bit for bit.
 """
 import argparse
 import hashlib
@@ -20,6 +21,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from common import memory
 from common.budget import Budget, hardness_of, real_tokens
 from common.files import ROOT, InputError, cli, portable, rounded
 from common.processes import Processes
@@ -57,23 +60,23 @@ class Parts:
     denoiser: Callable = Denoiser  # d_v -> module
 
 
-def the_scores(scores, X):
-    """The papers' ranking, --choose top."""
+def raw_scores(scores, X):
+    """The papers' ranking, --choose top. Soft top-K needs no standardised scores."""
     return scores
 
 
 def forward(vlm, scorer, denoiser, statistics, inputs, noise, budget, tau, parts=Parts()):
     """The training graph, (loss, alpha): each token gets through in proportion to its alpha.
 
-    statistics: mean (d,) and L (d, d) of the features. noise (B, N, d): standard normal.
+    statistics: mean (d_v,) and L (d_v, d_v) of the features. noise (B, N, d_v): standard normal.
     """
-    X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d), from the frozen encoder
+    X, valid = vlm.encode(inputs).float(), inputs.get("valid")  # (B, N, d_v), frozen
     K = budget.of(real_tokens(X, valid))
-    s = scorer(X, valid)                                # (B, N)     one score for each token
-    d = parts.rank(s, X)                                # (B, N)     less what a better one says
-    alpha = parts.top_k(d, K, tau)                      # (B, N)     in [0, 1], a row sums to K
-    X_tilde = parts.gate(X, alpha, *statistics, noise)  # (B, N, d)  μ + √α·(X-μ) + √(1-α)·L·ε
-    X_bar = denoiser(X_tilde)                           # (B, N, d)  in training only
+    s = scorer(X, valid)                                # (B, N)       a score for each token
+    d = parts.rank(s, X)                                # (B, N)       less what a better one says
+    alpha = parts.top_k(d, K, tau)                      # (B, N)       in [0, 1], a row sums to K
+    X_tilde = parts.gate(X, alpha, *statistics, noise)  # (B, N, d_v)  μ + √α·(X-μ) + √(1-α)·L·ε
+    X_bar = denoiser(X_tilde)                           # (B, N, d_v)  in training only
     return vlm.loss(inputs, X_bar), alpha               # next token, through the frozen LLM
 
 
@@ -89,14 +92,14 @@ def temperature(t):
 
 @torch.no_grad()
 def feature_statistics(vlm, batches, seed, per_image=32):
-    """(mean (d,), L (d, d), the most tokens that an image has), by some training images.
+    """(mean (d_v,), L (d_v, d_v), the most tokens that an image has), by some training images.
 
     Of each image `per_image` tokens count, drawn at random. What deepstack adds in later layers is
     whitened level by level: L is block-diagonal.
     """
     tokens, most, g = [], 0, generator(seed, "tokens")
     for _, inputs in batches:
-        X = vlm.encode(inputs).float()  # (B, N, d)
+        X = vlm.encode(inputs).float()  # (B, N, d_v)
         counts = vlm.visual(inputs).sum(1).tolist()
         for x, n in zip(X, counts):
             some = torch.randperm(n, generator=g)[:per_image]
@@ -108,7 +111,7 @@ def feature_statistics(vlm, batches, seed, per_image=32):
 
 
 def noise_for(vlm, inputs, samples, seed):
-    """Standard normal noise (B, N, d), drawn where it is needed, for each sample by its number.
+    """Standard normal noise (B, N, d_v), drawn where it is needed, for each sample by its number.
 
     So it is the same however a batch is split over devices and pieces, and after a resume.
     """
@@ -208,7 +211,7 @@ def frozen_vlm(args, processes, run, pairs, questions):
     if args.shard:
         processes.shard(vlm)
     if args.checkpointing:
-        vlm.recompute()
+        memory.recompute(vlm)
     return vlm
 
 
@@ -234,9 +237,7 @@ class Batches:
             pieces += [samples[i:i + n] for i in range(0, len(samples), n)]
         if unreadable is None:
             unreadable = set()
-        loaded = load_batches(self.vlm, data, pieces, PROMPT, self.args.workers, unreadable)
-        for samples, inputs, _ in loaded:
-            yield samples, inputs
+        yield from load_batches(self.vlm, data, pieces, PROMPT, self.args.workers, unreadable)
 
     def with_noise(self, data, *ranges, unreadable=None):
         """(inputs, noise), for the training graph."""
@@ -244,7 +245,7 @@ class Batches:
             yield inputs, noise_for(self.vlm, inputs, samples, self.args.seed)
 
 
-def prepare_features(vlm, args, batches, training, budget):
+def measure_features(vlm, args, batches, training, budget):
     """The features' (mean, L), by the first 1,024 images. InputError if K would keep them all."""
     some = range(min(1024, len(training)))
     mean, L, most = feature_statistics(vlm, batches.load(Captions(training), some), args.seed)
@@ -259,7 +260,7 @@ def prepare_features(vlm, args, batches, training, budget):
 def train(args, parts=Parts()):
     """Train as the arguments say; returns what pruner.json holds. An ablation brings its parts."""
     if args.choose == "top":
-        parts = replace(parts, rank=the_scores)
+        parts = replace(parts, rank=raw_scores)
     processes = Processes(args.device)
 
     # data: pictures with captions; some are held out, to see the deployed loss on
@@ -275,7 +276,7 @@ def train(args, parts=Parts()):
                   f"{budget}; {len(training)} images to learn from, {len(held_out)} held out")
     at_once, pieces = processes.plan(vlm, sum(p.numel() for p in learned), args)
     batches = Batches(vlm, args, at_once)
-    mean, L = prepare_features(vlm, args, batches, training, budget)
+    mean, L = measure_features(vlm, args, batches, training, budget)
     run.hold(modules, optimizer, {"mean": mean, "L": L})
     graph = (vlm, *modules.values(), (mean, L))
 
@@ -293,7 +294,7 @@ def train(args, parts=Parts()):
 
         # forward and backward, piece by piece
         totals = torch.zeros(3, device=vlm.model.device)
-        for _, (inputs, noise) in zip(range(pieces), stream):  # this order takes none too many
+        for inputs, noise in islice(stream, pieces):
             loss, alpha = forward(*graph, inputs, noise, budget, tau, parts)
             words = words_in(inputs)
             (loss * words).backward()  # a sum over words: pieces and processes add up to the batch
@@ -382,6 +383,7 @@ def finish(run, args, vlm, scorer, budget, batches, held_out, questions):
         "thresholds": thresholds(vlm, scorer, args.choose, unseen),
     }
     run.write("pruner.json", rounded(pruner))
+    run.processes.say(f"wrote {args.out}; now python infer.py PICTURE QUESTION --pruner {args.out}")
     if not questions or args.shard:
         return pruner
     table = accuracy_table(vlm, scorer, pruner, questions, [budget])
@@ -415,7 +417,8 @@ def add_arguments(ap):
     add("--lr", type=float, help="AdamW's learning rate at the start (default: the papers' 2e-4 "
         "for a scorer 1024 wide, more for a narrower one)")
     add("--seed", type=int, default=0,
-        help="decides first weights, noise and order (default: %(default)s)")
+        help="decides first weights, noise, order and which pictures are held out (default: "
+        "%(default)s)")
 
     add = ap.add_argument_group("run").add_argument
     add("--out", type=Path, default=Path("out"), metavar="DIR",
@@ -459,7 +462,7 @@ def check_arguments(args):
     if args.steps is None:
         args.steps = 4000 if args.data else 200
     if args.eval_every is None:
-        args.eval_every = max(1, args.steps // 20)
+        args.eval_every = max(5, args.steps // 20)
     for name in ("steps", "batch", "lr", "at_once", "eval_every", "save_every"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

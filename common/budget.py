@@ -1,6 +1,6 @@
 """
-A budget: how many visual tokens the user asks to keep. Parsed once, where it is given; a value from
-there on. A budget on average is a threshold on the ranking d, read from a table that training made.
+A budget: how many visual tokens to keep. The text that a user gives is parsed once; from there on
+it is a Budget. A budget on average is a threshold on the ranking d, from a table of the training.
 
     Budget.parse("16").of(144)         # 16
     Budget.parse("11.1%").of(576)      # 64
@@ -32,8 +32,8 @@ class Budget:
             return Budget(count=int(number), average=average)
         if re.fullmatch(r"\d{1,3}(\.\d+)?%", number, re.ASCII) and 0 < float(number[:-1]) <= 100:
             return Budget(share=float(number[:-1]) / 100, average=average)
-        raise ValueError(f"{text!r} is no budget: give a number of tokens as 16, a share as 11.1%, "
-                         "or all; ~16 or ~11.1% is that many on average")
+        raise ValueError(f"{text!r} is not a budget: give a number of tokens as 16, a share as "
+                         "11.1%, or all; ~16 or ~11.1% is that many on average")
 
     def __str__(self):
         if self.everything:

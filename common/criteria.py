@@ -112,8 +112,8 @@ def dpp(X, K):
     """The most probable K tokens of a determinantal point process, greedily.
 
     In its fast form (arXiv 1709.05135). The kernel is L_ij = cos(x_i, x_j), whose determinant is
-    large for tokens that are unlike each other: CDPruner's (arXiv 2506.10967) without the question's
-    part.
+    large for tokens that are unlike each other: CDPruner's (arXiv 2506.10967) without its part of
+    the question.
     """
     B, N, _ = X.shape  # images, visual tokens
     x = F.normalize(X.float(), dim=-1)

@@ -1,8 +1,8 @@
 """
 What every script leans on: files are written whole, errors are one line that a person can act on.
 
-This folder holds no lesson. Who reads the code to learn the method may skip it: the lesson is in
-throttler.py, denoiser.py, train.py, model.py and infer.py.
+This folder holds no lesson. If you read the code to learn the method, you may skip it: the lesson
+is in throttler.py, denoiser.py, train.py, model.py and infer.py.
 
     write(Path("out/log.jsonl"), rounded([{"loss": 2.34567891}]))      # {"loss": 2.3457}
 """
@@ -29,7 +29,7 @@ class InputError(Exception):
 # --- errors ---------------------------------------------------------------------------------------
 
 def cli(main):
-    """Run a script's main(). What a user can mend ends it with one line and exit code 2."""
+    """Run a script's main(). What a user can fix ends it with one line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         # a terminal without UTF-8 must not end a long run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -70,7 +70,7 @@ def cure_for(e):
                 "A training continues with --resume")
     lost = ("by peer", "gloo", "NCCL", "DistStoreError", "DistNetworkError")
     if any(word in text for word in lost):
-        return ("; torchrun's processes have lost each other: if one has an error of its own, mend "
+        return ("; torchrun's processes have lost each other: if one has an error of its own, fix "
                 "that. A training continues with --resume")
     if isinstance(e, OSError):
         return "; check that place (or the standard output), its permissions and the room there"
@@ -119,7 +119,7 @@ def read_text(path, needed):
         raise InputError(f"{path}: cannot be read ({e.strerror}); check its name and its "
                          "permissions") from None
     except ValueError as e:
-        raise InputError(f"{path}: is no text in UTF-8 ({short(e)}); give {needed}") from None
+        raise InputError(f"{path}: is not UTF-8 text ({short(e)}); give {needed}") from None
 
 
 def check_writable(path):

@@ -2,7 +2,7 @@
 CUDA graphs: answers for which the GPU does not wait for Python.
 
 A GPU does nothing by itself. Python launches every kernel, each matrix product and each sum, and
-needs some ten microseconds for one; a 7B takes about 1,170 of them to read a prompt, and as many
+needs some ten microseconds for one; a 7B takes about 1,400 of them to read a prompt, and as many
 for every further token. The GPU works off a short prompt sooner than Python can launch it, and
 idles in between: there pruning saves work that nobody waited for. A CUDA graph is a recording of
 launches, which kernels on which memory in which order, and a single launch replays it.
@@ -147,7 +147,7 @@ class Graphs:
                 break
         words = torch.cat(words, 1)  # (B, T)
         if (words < 0).any():
-            raise RuntimeError("features or logits are no finite numbers")
+            raise RuntimeError("features or logits are not finite numbers")
         texts = self.vlm.processor.tokenizer.batch_decode(words, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

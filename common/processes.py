@@ -6,13 +6,13 @@ The processes of a training: one, or those that torchrun started.
 """
 import atexit
 import os
-import subprocess
 import sys
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common import memory
 from common.files import InputError, short
 
 
@@ -111,8 +111,8 @@ class Processes:
             raise InputError(f"--batch {batch}: --shard needs a multiple of the {self.world} "
                              "processes")
         share = len(self.share(range(batch)))
-        free, source = self.free_memory()
-        fit = args.at_once or vlm.images_that_fit(learned, free, recompute)
+        free, source = memory.free(self.device, self.world)
+        fit = args.at_once or memory.images_that_fit(vlm, learned, free, recompute)
         if not fit:
             raise InputError(f"not one image fits beside this model in {free / 1e9:.1f} GB "
                              f"({source}); try --checkpointing, or --dtype bfloat16")
@@ -121,35 +121,9 @@ class Processes:
             least = torch.tensor(fit, device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
             fit = least.item()
-        planned = sum(vlm.memory(learned, fit, recompute).values())
+        planned = sum(memory.of_a_step(vlm, learned, fit, recompute).values())
         parts = -(-share // fit)
         self.say(f"{learned:,} parameters learn; {fit} images at a time, {parts} times a step: "
                  f"about {planned / 1e9:.1f} GB with the model, {free / 1e9:.1f} GB are free "
                  f"({source})")
         return fit, parts
-
-    def free_memory(self):
-        """(bytes that this process can have now, who says so)."""
-        if self.device.startswith("cuda"):
-            return torch.cuda.mem_get_info(self.device)[0], "as CUDA says"
-        free, source = system_memory()
-        return free / self.world, source
-
-
-def system_memory():
-    """(bytes that programs can get without swapping, who says so)."""
-    try:
-        with open("/proc/meminfo") as lines:  # Linux: of the machine, not of a container
-            sizes = dict(line.split(":") for line in lines)
-        return 1024 * int(sizes["MemAvailable"].split()[0]), "as Linux says"
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        report = subprocess.run(["vm_stat"], capture_output=True, text=True).stdout
-        title, *rows = report.splitlines()  # … (page size of 16384 bytes)
-        pages = dict(row.split(":") for row in rows if ":" in row)
-        kinds = ("free", "inactive", "speculative")
-        free = sum(int(pages[f"Pages {kind}"].strip(" .")) for kind in kinds)
-        return free * int(title.split()[-2]), "as macOS says"
-    except (OSError, KeyError, ValueError, IndexError):
-        return 4e9, "a guess: this system does not say; --at-once gives the number itself"

@@ -3,7 +3,7 @@ A trained pruner: find it, load it, and choose tokens by it; or without one, by 
 
     scorer, settings = load_pruner("out")
     vlm = load(settings["model"])
-    choose, _ = chooser(vlm, scorer, settings, Budget.parse("16"))
+    choose, _ = chooser(vlm, scorer, settings, 16)
     keep = choose(X, inputs)                                           # (B, 16)
 """
 import hashlib
@@ -98,12 +98,14 @@ def load_pruner(folder):
             weights = {name: file.get_tensor(name) for name in file.keys()}
         for name, t in weights.items():
             if not (t.is_floating_point() and t.float().isfinite().all()):
-                raise ValueError(f"{name} holds what is no number")
+                raise ValueError(f"{name} holds what is not a finite number")
         scorer.load_state_dict(weights, assign=True)
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError, SafetensorError) as e:
-        reason = short(getattr(e, "strerror", None) or e)
-        raise InputError(f"{folder}: its pruner.json and scorer.safetensors are no trained pruner "
-                         f"({reason}); give a folder that train.py wrote") from None
+        reason = short(e)
+        if getattr(e, "filename", None):
+            reason = f"{Path(e.filename).name}: {e.strerror}"
+        raise InputError(f"{folder}: its pruner.json and scorer.safetensors are not a trained "
+                         f"pruner ({reason}); give a folder that train.py wrote") from None
     return scorer.float().eval().requires_grad_(False), {**settings, "folder": folder}
 
 
@@ -146,10 +148,13 @@ def threshold_of(budget, settings, N):
     if len(shares) < 2:
         raise InputError(f"{pruner} has no thresholds: its training is not finished, or held out "
                          "too few images; give a number without ~")
-    if budget.count and (N is None or N != settings["tokens"]):
+    if budget.count and N is None:
+        raise InputError(f"--keep {budget}: this model's pictures differ in their number of "
+                         "tokens, so an average must be a share, as ~11.1%")
+    if budget.count and N != settings["tokens"]:
         varied = "a varying number of"
         raise InputError(f"{pruner} was trained with {settings['tokens'] or varied} visual tokens, "
-                         f"and this model has {N or varied} tokens; give a share, as ~11.1%")
+                         f"and this model has {N}; give a share, as ~11.1%")
     share = budget.share or budget.count / N
     if not 0.999 * shares[0] <= share <= 1.001 * shares[-1]:
         raise InputError(f"{pruner} has thresholds for {shares[0]:.2%} to {shares[-1]:.2%} of the "
@@ -181,7 +186,7 @@ def by_scores(vlm, scorer, ranking, budget, T=None):
         valid = inputs.get("valid")  # (B, N), or None
         d = by_graph(X) if valid is None else rank(X, valid)  # (B, N)
         if d.isnan().any():
-            raise InputError(f"{vlm.name}: the scores of the visual tokens are no numbers; try "
+            raise InputError(f"{vlm.name}: the scores of the visual tokens are NaN; try "
                              "--dtype float32")
         K = budget.of(real_tokens(X, valid)) if T is None else count_above(d, T)
         return select(d, K)  # (B, K)
@@ -189,7 +194,7 @@ def by_scores(vlm, scorer, ranking, budget, T=None):
 
 
 def check_average(budget, T, choose, settings):
-    """InputError unless the pruner has thresholds for the choice, where a budget or T needs them."""
+    """InputError unless the pruner has thresholds for the choice, where budget or T needs them."""
     average = budget and budget.average
     if choose not in RANKINGS and (average or T is not None):
         raise InputError(f"--choose {choose}: --threshold and --keep ~K need the thresholds of "
@@ -202,12 +207,14 @@ def check_average(budget, T, choose, settings):
 def chooser(vlm, scorer, settings, budget=None, T=None, choose=None):
     """(choose, by): choose(X, inputs) -> keep (B, K), or None for all tokens; by: a record of how.
 
-    budget: a Budget (None: what the pruner was trained for); or T, a threshold. choose: one of
-    RANKINGS, or a criterion (None: what the settings say). scorer: None where there is no pruner.
+    budget: a Budget, or 16 or "11.1%" (None: what the pruner was trained for); or T, a threshold.
+    choose: one of RANKINGS, or a criterion (None: what the settings say). scorer: None where there
+    is no pruner.
     InputError for a budget that cannot be, and for what needs a pruner, or another one.
     """
     choose = choose or settings["choose"]
-    budget = budget or Budget.parse(settings["keep"])
+    if not isinstance(budget, Budget):
+        budget = Budget.parse(budget or settings["keep"])
     check_average(budget, T, choose, settings)
     by = {"threshold": T, "choose": choose}
     if T is None:

@@ -161,7 +161,7 @@ class Run:
                     self.save(step + 1)
                 if too_many:
                     raise InputError(f"--images: {unreadable} of {read} images could not be read, "
-                                     f"more than 1 % ({', '.join(sorted(self.skipped)[:5])}); mend "
+                                     f"more than 1 % ({', '.join(sorted(self.skipped)[:5])}); fix "
                                      "them, then --resume")
                 if stop:
                     self.bar.close()

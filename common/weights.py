@@ -117,7 +117,10 @@ def find(name):
 
 
 def read_weights(source, dtype, attention, device_map):
-    """The model, if its safetensors are what config.json describes: what lacks would be random."""
+    """The model, if its safetensors are what config.json describes.
+
+    Where a weight is missing, transformers would make it random.
+    """
     model, report = AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, attn_implementation=attention, device_map=device_map,
         use_safetensors=True, trust_remote_code=False, output_loading_info=True,

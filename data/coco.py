@@ -3,7 +3,7 @@ COCO captions for training: read and check the file, and load its pictures in wo
 
     training, held_out = split(read_coco("captions_train2014.json", "train2014/"), seed=0)
     data = Captions(training, seed=0)
-    for samples, inputs, n in load_batches(vlm, data, [[0, 1], [2, 3]], "Describe it.", 2, set()): …
+    for samples, inputs in load_batches(vlm, data, [[0, 1], [2, 3]], "Describe it.", 2, set()): …
 """
 import functools
 import hashlib
@@ -206,8 +206,7 @@ def worker_options(workers):
 
 
 def load_batches(vlm, data, batches, prompt, workers, skipped):
-    """For each list of sample numbers: (the list, the VLM's inputs, how many pictures could not be
-    read).
+    """For each list of sample numbers: (the list, the VLM's inputs).
 
     Worker processes decode, resize and tokenise. `skipped`, a set, gathers the unreadable paths."""
     def inputs_of(samples):
@@ -245,7 +244,7 @@ def load_batches(vlm, data, batches, prompt, workers, skipped):
             for name, value in inputs.items():
                 if torch.is_tensor(value):
                     inputs[name] = value.to(vlm.model.device)
-            yield numbers, inputs, len(unreadable)
+            yield numbers, inputs
     except InputError as e:  # a worker's comes with its traceback
         raise InputError(str(e).rpartition("InputError: ")[2]) from None
     except TimeoutError as e:

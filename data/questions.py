@@ -142,8 +142,8 @@ def read_answers(path, file, lines, settings):
         if rest and not ours or not all(isinstance(row["text"], str) for row in done.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"--answers {path}: is no answer file; give another name, or --overwrite "
-                         "it") from None
+        raise InputError(f"--answers {path}: is not an answer file; give another name, or "
+                         "--overwrite it") from None
     for other in others:
         changed = [f"{name} {other.get(name)} (now {settings.get(name)})"
                    for name in {**other, **settings} if other.get(name) != settings.get(name)]

@@ -6,13 +6,16 @@ What a pruner keeps: accuracy by category, beside choices that learn nothing.
     python -m eval.accuracy --questions pope.jsonl --images val2014/ --pruner out-7b
     python -m eval.accuracy --questions pope.jsonl --model llava-hf/llava-1.5-7b-hf --choose DPP
 
-The last needs no pruner. An answer counts as infer.py --questions counts it. Retention is the
-papers': the mean over categories of pruned / unpruned accuracy, in per cent. Its interval is a
-bootstrap over images, all questions of one together.
+The last needs no pruner. An answer is right if it equals a label, without case and full stop; "(B)"
+and "B. red" answer B. Where all labels are yes or no it is a no if its first sentence has No, no or
+not, else a yes, as LLaVA counts POPE. Retention is the papers': the mean over categories of
+pruned / unpruned accuracy, in per cent. Its interval is a bootstrap over images, each with all its
+questions.
 """
 import argparse
 import sys
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 if not __package__:
@@ -50,6 +53,16 @@ def answers_by(choose, vlm, X, views, prompts, number):
     return answers, torch.as_tensor(K).expand(len(X))[number].tolist()
 
 
+def whole_pictures(rows, most):
+    """The rows in parts of about `most`, with all questions in a row about a picture together."""
+    parts = [[]]
+    for _, questions in groupby(rows, key=lambda row: row["image"]):
+        if len(parts[-1]) >= most:
+            parts.append([])
+        parts[-1] += questions
+    return parts
+
+
 @torch.no_grad()
 def right_or_wrong(vlm, rows, ways):
     """({way: [is each answer right]}, {way: [tokens kept for it]}) for the ways {way: [choose, …]}.
@@ -58,12 +71,12 @@ def right_or_wrong(vlm, rows, ways):
     as the mean of its choices. Each picture of a batch is encoded once, and each choice made once
     for all questions about it.
     """
-    batch = 50 * 576 // (vlm.tokens or 3600)  # as many tokens as of 50 pictures of LLaVA-1.5
+    most = 50 * 576 // (vlm.tokens or 3600)  # as many tokens as of 50 pictures of LLaVA-1.5
     polar = yes_no(rows)
     right = {name: [] for name in ways}
     kept = {name: [] for name in ways}
-    for at in tqdm(range(0, len(rows), batch), desc="questions", dynamic_ncols=True, leave=False):
-        part = rows[at:at + batch]
+    parts = whole_pictures(rows, most)
+    for part in tqdm(parts, desc="questions", dynamic_ncols=True, leave=False):
         images = list(dict.fromkeys(row["image"] for row in part))
         number = [images.index(row["image"]) for row in part]
         pictures = [read_image(image, vlm.processor.image_processor) for image in images]
@@ -178,7 +191,7 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, 
         low, high = bootstrap(right[name], right[whole], rows)
         lines.append([name, *(f"{value:.1f}" for value in values), f"{low:.1f}–{high:.1f}"])
     show(f"{vlm.name}, {len(rows)} questions: accuracy by category, retention and its 95 % "
-         "interval, in per cent", ["tokens", "kept", *full, "mean", "retention", "95 %"], lines)
+         "interval, in per cent", ["choice", "kept", *full, "mean", "retention", "95 %"], lines)
     unknown = [category for category, share in full.items() if share == 0]
     if unknown:
         print("left out of the retention, since all tokens answer none of it right: "
@@ -187,7 +200,7 @@ def accuracy_table(vlm, scorer, settings, rows, budgets, seeds=3, others=False, 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m eval.accuracy", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--keep", nargs="+", default=["33.3%", "22.2%", "11.1%"], metavar="K",
@@ -196,12 +209,15 @@ def main():
         help="a question file with labels (default: the embedded test)")
     add("--images", metavar="DIR", help="folder of its images (default: the question file's own)")
     add("--others", action="store_true", help="also what other papers choose by")
-    add("--seeds", type=int, default=3, help="of random choices (default: %(default)s)")
+    add("--seeds", type=int, default=3,
+        help="how many draws random is the mean of (default: %(default)s)")
     add("--json", type=Path, metavar="FILE",
         help="save the table, and under which conditions it was made")
     add_pruner_arguments(parser)
     args = parser.parse_args()
     check(args, "seeds")
+    if not args.questions:
+        print("no --questions: these are about the embedded drawn scenes", file=sys.stderr)
     rows = read_questions(args.questions or prepare() / "test.jsonl", args.images)
     vlm, scorer, settings = load_pruned(args, budgets(args.keep))
     for row in rows:

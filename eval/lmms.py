@@ -3,11 +3,6 @@ Public benchmarks by lmms-eval (tried: 0.7.3), answered greedily and pruned as b
 
     python -m eval.lmms --tasks pope,gqa --pruner out-7b --keep 64
     python -m eval.lmms --tasks pope,gqa --model llava-hf/llava-1.5-7b-hf --choose diversity
-
-lmms-eval's own command finds the model by an entry point. In the folder above:
-    mkdir diffprune-0.dist-info; cd diffprune-0.dist-info
-    printf '[lmms_eval.models]\ndiffprune = eval.lmms:MANIFEST\n' > entry_points.txt; cd ..
-    PYTHONPATH=. python -m lmms_eval --model diffprune --model_args pruner=out-7b --tasks pope
 """
 import argparse
 import sys
@@ -25,18 +20,14 @@ from data.pictures import upright
 from eval.tables import budgets, check, save
 from infer import add_pruner_arguments, load_pruned
 
+missing = None
 try:
-    from lmms_eval import evaluator  # as a module: by the entry point, it is just being imported
+    from lmms_eval import evaluator
     from lmms_eval.api.model import lmms
-    from lmms_eval.models.registry_v2 import ModelManifest
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import make_table
 except (ImportError, RuntimeError) as e:
-    print(f"error: lmms-eval cannot be loaded ({short(e)}); pip install lmms-eval==0.7.3 "
-          "'filelock<4'", file=sys.stderr)
-    sys.exit(2)
-
-MANIFEST = ModelManifest("diffprune", simple_class_path="eval.lmms.Pruned")
+    lmms, missing = object, short(e)  # --help works without it, too
 
 
 class Pruned(lmms):
@@ -104,7 +95,7 @@ class Pruned(lmms):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m eval.lmms", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tasks", required=True, help="names of lmms-eval's tasks, with commas between them")
@@ -115,6 +106,9 @@ def main():
     add("--keep", metavar="K", help="visual tokens to keep, as of infer.py")
     add_pruner_arguments(parser)
     args = parser.parse_args()
+    if missing:
+        raise InputError(f"lmms-eval cannot be loaded ({missing}); pip install lmms-eval==0.7.3 "
+                         "'filelock<4'")
     check(args, "limit", "batch_size")
     manager = TaskManager("WARNING", include_path=args.include_path)
     tasks = args.tasks.split(",")

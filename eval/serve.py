@@ -6,17 +6,7 @@ LLaVA-1.5, Qwen2.5-VL and Qwen3-VL served by vLLM (tried: 0.32.0), their picture
     python -m eval.serve MODEL --pruner out-7b --questions FILE --answers OUT.jsonl
 
 The first two start `vllm serve`, the third answers a question file by the same engine. All other
-flags are vLLM's own, and requests are ordinary ones (eval/README.md). vLLM is not patched; this
-file is a plugin of it:
-
-1. PrunedProcessor lays out K places for a picture, where vLLM's own class lays out N.
-2. Pruned.embed_multimodal lets the encoder see the whole picture and hands on the K tokens that
-   are chosen. A kept token must stay where it was, so its row and column go along as channels.
-3. vLLM asks models with M-RoPE, as the Qwens, for the positions of a prompt. LLaVA poses as one:
-   its picture is a single row of N columns. get_mrope_input_positions puts a picture's tokens all
-   at its first position, and the text behind it where it is in the full sequence.
-4. embed_input_ids, called before each forward pass, takes rows and columns off the embeddings,
-   and forward adds them to the positions.
+flags are vLLM's own, and requests are ordinary ones (eval/README.md).
 """
 import argparse
 import json
@@ -36,7 +26,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from common.budget import Budget
-from common.criteria import BY_FEATURES, UNTRAINED
+from common.criteria import BY_FEATURES
 from common.files import ROOT, InputError, cli, portable, short
 from common.pruner import RANKINGS, fingerprint, load_pruner
 from common.weights import find, one_line, read_processor
@@ -147,6 +137,16 @@ def first_positions(length, pictures):
 
 
 # --- the plugin: what goes before vLLM's own classes ----------------------------------------------
+#
+# vLLM is not patched.
+# 1. PrunedProcessor lays out K places for a picture, where vLLM's own class lays out N.
+# 2. Pruned.embed_multimodal lets the encoder see the whole picture and hands on the K tokens that
+#    are chosen. A kept token must stay where it was, so its row and column go along as channels.
+# 3. vLLM asks models with M-RoPE, as the Qwens, for the positions of a prompt. LLaVA poses as one:
+#    its picture is a single row of N columns. get_mrope_input_positions puts a picture's tokens all
+#    at its first position, and the text behind it where it is in the full sequence.
+# 4. embed_input_ids, called before each forward pass, takes rows and columns off the embeddings,
+#    and forward adds them to the positions.
 
 @cache
 def image_processor(model, revision):
@@ -338,12 +338,13 @@ def register():
 
 def parse_arguments():
     """(arguments, the flags that are left for vLLM)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m eval.serve", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("model", help="folder or hub name of a LLaVA-1.5, Qwen2.5-VL or Qwen3-VL")
     add("--pruner", metavar="DIR", help="folder with the pruner that was trained for it")
-    add("--choose", choices=[*RANKINGS, *UNTRAINED], help="distinct and top go by the pruner "
+    add("--choose", choices=[*RANKINGS, *BY_FEATURES], help="distinct and top go by the pruner "
         "(default: as it was trained), the others without one (default: diversity)")
     add("--keep", metavar="K", help="visual tokens to keep of each picture: a number, a share as "
         "11.1%%, or all (default: as the pruner was trained; without one 11.1%%)")
@@ -411,7 +412,7 @@ def start(model, settings, flags):
 def prompt_of(row, processor, config, most):
     """(token ids with one place for the picture, how long the answer may be) of a question."""
     where = row["where"]
-    with one_line(where, "reading the question", cure="; mend it"):
+    with one_line(where, "reading the question", cure="; fix it"):
         prompts = VLM.prompts(SimpleNamespace(processor=processor), [row["text"]])
         ids = processor.tokenizer(prompts[0]).input_ids
     N = tokens_of(config) or 1
@@ -466,6 +467,15 @@ def answer_questions(args, model, config, settings, flags):
     print(f"{len(rows)} answers are in {args.answers}")
 
 
+def load_vllm():
+    """vLLM's own command. InputError without vLLM."""
+    try:
+        from vllm.entrypoints.cli import main as command
+    except (ImportError, RuntimeError) as e:
+        raise InputError(f"vLLM cannot be loaded ({short(e)}); pip install vllm==0.32.0") from None
+    return command
+
+
 def main():
     args, flags = parse_arguments()
     if any(flag.startswith(("--hf-overrides", "--hf_overrides")) for flag in flags):
@@ -478,10 +488,7 @@ def main():
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     settings = overrides(args, config)
     print(f"{args.model}: keeps {settings['keep']} by {settings['choose']}", file=sys.stderr)
-    try:
-        from vllm.entrypoints.cli import main as vllm_command
-    except (ImportError, RuntimeError) as e:
-        raise InputError(f"vLLM cannot be loaded ({short(e)}); pip install vllm==0.32.0") from None
+    vllm_command = load_vllm()
     with tempfile.TemporaryDirectory() as folder:
         plugin(folder)
         if args.questions:

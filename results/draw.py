@@ -246,7 +246,7 @@ def training(run):
         pictures.append((image, vlm.boxes(inputs)))
     places = [(10 + i % 3 * 122, 10 + i // 3 * 122) for i in range(len(pictures))]
     bottom = places[-1][1] + 126
-    moments = watched["frames"][::2]
+    moments = watched["frames"][::-2][::-1]  # every other one, and the last
     sheets = []
     for moment in moments:
         sheet, draw = canvas(376, bottom + 46)
@@ -282,8 +282,9 @@ OF_A_RUN = {"losses": losses, "training": training}
 
 @torch.no_grad()
 def main():
+    style = argparse.RawDescriptionHelpFormatter
     ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m results.draw", description=__doc__, formatter_class=style)
     known = ", ".join(PICTURES | OF_A_RUN)
     ap.add_argument("names", nargs="*", metavar="PICTURE",
                     help=f"of {known} (default: all but the last two)")

@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from common.files import ROOT, cli, write
-from eval.serve import overrides, plugin, start
+from eval.serve import load_vllm, overrides, plugin, start
 from eval.tables import check, save
 
 LLM = dict(hidden_size=1024, intermediate_size=2752, num_hidden_layers=8, head_dim=64,
@@ -73,11 +73,12 @@ def table(times):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m results.serving", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="file to write the seconds to")
     args = parser.parse_args()
     check(args, flag="the file")
+    load_vllm()
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as folder:
         larger_model(model)
         plugin(folder)

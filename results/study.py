@@ -2,10 +2,10 @@
 Studies on the embedded default. Each writes results/NAME.json and prints what it says.
 
     python -m results.study fidelity     # does the tiny VLM lose what real ones lose? (minutes)
-    python -m results.study ranking      # the factor c of throttler.distinct, on validation (an hour)
+    python -m results.study ranking      # the ranking's factor c, on validation (an hour)
     python -m results.study ablations    # the method, and the papers' ablations of it (hours)
     python -m results.study objects      # what the kept tokens lie on (a minute)
-    python -m results.study positions    # what closing up the kept tokens' positions costs (minutes)
+    python -m results.study positions    # what closing up the tokens' positions costs (minutes)
     python -m results.study report       # RESULTS.md, from all JSON files that are there
 
 A study returns tables {title: {row: {column: cell}}}. A cell is text, a number, or a list with one
@@ -311,8 +311,9 @@ STUDIES = {
 
 
 def main():
+    style = argparse.RawDescriptionHelpFormatter
     ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m results.study", description=__doc__, formatter_class=style)
     add = ap.add_argument
     add("study", choices=[*STUDIES, "report"])
     add("--seeds", type=int, default=3,
