@@ -6356,7 +6356,10 @@ def test_readme_table_is_what_was_measured():
     for name, by_category in table.items():
         retention[name] = f"{accuracy.retention(by_category, full):.1f}"
     names = "random norm pooling uniform CLS DPP diversity coverage".split()
-    names += ["scorer, top", "scorer"]
+    names += ["papers", "scorer, top", "scorer"]
+    ablations = json.loads((ROOT / "results/ablations.json").read_text())["ablations"]["tables"]
+    for K, seeds in ablations["retention, %, test questions"]["papers, by top"].items():
+        retention[f"papers {K}"] = f"{tables.mean(seeds):.1f}"
     measured = []
     for name in names:
         row = [retention[f"{name} {K}"] for K in (32, 16, 8, 4)]
@@ -6377,11 +6380,10 @@ def test_readme_says_how_many_pictures_a_card_holds_as_the_plan_counts_them():
         frozen = memory.of_a_step(vlm, learned, 1)["frozen"]
         cards = [gigabytes * 1e9 - frozen for gigabytes in (24, 48, 80)]
         counts = [memory.images_that_fit(vlm, learned, free, recompute=True) for free in cards]
-        found[name] = ", ".join(map(str, counts))
-    llava, qwen2, qwen3 = found.values()
-    counted = ("Counted with `--checkpointing`, on cards of 24, 48 and 80 GB: LLaVA-1.5-7B "
-               f"{llava}; at 2,880 tokens a picture Qwen2.5-VL-7B {qwen2} and Qwen3-VL-8B {qwen3}.")
-    assert counted in " ".join(README.split())
+        found[name] = " | ".join(map(str, counts))
+    assert f"| LLaVA-1.5-7B | {found['llava-1.5-7b']} |" in README
+    assert f"| Qwen2.5-VL-7B, 2,880 tokens a picture | {found['qwen2.5-vl-7b']} |" in README
+    assert f"| Qwen3-VL-8B, 2,880 tokens a picture | {found['qwen3-vl-8b']} |" in README
 
 
 def test_random_architectures_have_weights_of_the_usual_size_and_pictures_of_any(monkeypatch):
