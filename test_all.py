@@ -1583,6 +1583,21 @@ def test_processes_share_the_memory_and_the_one_with_the_least_room_decides(vlm,
     assert one.plan(vlm, 1000, args) == (2, 2)
 
 
+@pytest.mark.parametrize("checkpointing, plan", [(False, (2, 10)), (True, (8, 3))])
+def test_a_plan_goes_by_whether_activations_are_computed_twice(
+        checkpointing, plan, monkeypatch, capsys):
+    """A picture takes 4 GB, or 1 GB, beside 1 GB of what learns; 9 of 10 GB may be used."""
+    def of_a_step(vlm, learned, B, recompute=False):
+        return {"frozen": 1e9, "learned": 1e9, "activations": B * (1e9 if recompute else 4e9)}
+
+    monkeypatch.setattr(memory, "of_a_step", of_a_step)
+    monkeypatch.setattr(memory, "system_memory", lambda: (10e9, "a test"))
+    args = SimpleNamespace(batch=20, at_once=None, checkpointing=checkpointing, shard=False)
+    assert Processes("cpu").plan(None, 1000, args) == plan
+    said = f"{plan[0]} images at a time, {plan[1]} times a step: about 10.0 GB with the model"
+    assert said in capsys.readouterr().err
+
+
 def test_work_that_is_done_once_is_the_first_processs():
     done, one = [], Processes("cpu")
     one.once(lambda: done.append("the first"))
@@ -1916,6 +1931,23 @@ def test_whatever_befalls_a_worker_the_run_ends_with_one_line(
         files.cli(lambda: tiny("--workers", 1))
     *_, last = capfd.readouterr().err.strip().splitlines()
     assert re.match(f"error: .*({pattern}).*; .*(--workers 0|fewer images)", last)
+
+
+def test_the_time_limit_is_for_reading_pictures_and_not_for_a_step(tmp_path, vlm, monkeypatch):
+    def read_and_look_at_the_alarm(*source):
+        alarms.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        return read_image(*source)
+
+    alarms = []
+    monkeypatch.setattr(coco_files, "read_image", read_and_look_at_the_alarm)
+    pairs = coco_files.read_coco(captions_file(tmp_path), PICTURES)
+    samples = coco_files.Captions(list(pairs.items()))
+    for _ in coco_files.load_batches(vlm, samples, [[0], [1]], "Describe it.", 0, set()):
+        alarms.append(signal.getitimer(signal.ITIMER_REAL)[0])
+    read, stepped, read_again, stepped_again = alarms
+    assert stepped == stepped_again == 0
+    assert 0 < read <= 600
+    assert 0 < read_again <= 600
 
 
 def test_workers_need_no_shared_memory_for_pictures(tmp_path, vlm, monkeypatch):
@@ -3286,6 +3318,13 @@ def test_free_memory_is_what_linux_says():
     assert "Linux" in source
 
 
+def test_free_memory_of_a_gpu_is_what_cuda_says_of_that_one(monkeypatch):
+    """It is shared with no other process: each has a GPU of its own."""
+    free_and_total = {"cuda:0": (10, 80), "cuda:1": (30, 80)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free_and_total[device])
+    assert memory.free("cuda:1", world=2) == (30, "as CUDA says")
+
+
 @pytest.fixture
 def not_linux(tmp_path, monkeypatch):
     """No /proc, and no programs but those in tmp_path."""
@@ -4185,15 +4224,23 @@ def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
         return ["by all" if keep is None else f"by {keep.shape[1]}"]
 
     def milliseconds(f):
-        return {"by all": 34, "by 16": 12}[f()[0]]
+        before = len(choices)
+        answer, = f()
+        timed.append((answer, len(choices) - before))
+        return {"by all": 34, "by 16": 12}[answer]
+
+    def select_spy(ranking, K):
+        choices.append(K)
+        return select(ranking, K)
 
     def sheet(picture, boxes, scores, keep, X, question, answers):
         shown.extend([keep.tolist(), answers])
         return picture
 
-    shown = []
+    shown, choices, timed = [], [], []
     X = vlm.encode(vlm.inputs([read_image(PICTURE)], ["?"]))
     scorer, _ = pruner.load_pruner(ROOT / "data/shapes/pruner")
+    monkeypatch.setattr(pruner, "select", select_spy)
     expected = select(pruner.RANKINGS[choose](scorer(X), X), 16)
     monkeypatch.setattr(vlm, "generate", generate)
     for replacement in (milliseconds, sheet):
@@ -4204,6 +4251,7 @@ def test_the_answer_the_sheet_and_the_times_are_by_the_kept_tokens_and_by_all(
     assert answer == "by 16"
     assert shown == [expected[0].tolist(), ("by all", "by 16")]
     assert ", 12 ms with the choice instead of 34, " in summary
+    assert timed == [("by 16", 1), ("by all", 0)], "the choice is in the time"
 
 
 def test_a_first_slow_try_does_not_count():
@@ -4424,6 +4472,37 @@ def test_random_draws_once_for_each_image_and_seed(vlm, tmp_path, monkeypatch):
     assert not first[0].equal(first[5]), "the next image has a draw of its own"
     assert set(counts["random 16"]) == {16}
     assert len(right["uniform 16"]) == 30
+
+
+def test_questions_are_taken_in_parts_that_tear_no_picture_apart():
+    """Two at a time, of the pictures a, b, c, d and c again."""
+    rows = [dict(image=image) for image in "aaabbcdc"]
+    parts = accuracy.whole_pictures(rows, 2)
+    assert ["".join(row["image"] for row in part) for part in parts] == ["aaa", "bb", "cd", "c"]
+
+
+@pytest.mark.parametrize("tokens, at_once", [(576, 50), (288, 100), (None, 8)])
+def test_the_more_tokens_a_picture_has_the_fewer_are_asked_about_at_once(
+        tokens, at_once, monkeypatch):
+    def inputs(pictures, texts):
+        asked.append(len(texts))
+        return {}
+
+    def encode(views):
+        return torch.zeros(asked[-1], 4, 1)
+
+    def generate(prompts, X, keep, **options):
+        return ["no"] * len(X)
+
+    asked = []
+    monkeypatch.setattr(accuracy, "read_image", lambda *_: None)
+    vlm = SimpleNamespace(tokens=tokens, processor=SimpleNamespace(image_processor=None),
+                          inputs=inputs, encode=encode, generate=generate)
+    rows = [dict(image=i, text="?", label="no") for i in range(at_once + 1)]
+    right, _ = accuracy.right_or_wrong(vlm, rows, {"all": [keep_all]})
+    assert asked[::2] == [at_once, 1], "pictures"
+    assert asked[1::2] == [at_once, 1], "questions"
+    assert right["all"] == [1] * (at_once + 1)
 
 
 def test_each_choice_keeps_its_own_tokens_and_a_way_is_the_mean_of_its_choices(
@@ -6148,6 +6227,18 @@ def test_retention_in_a_study_is_against_all_tokens(vlm, tmp_path):
     assert kept["blind"] < 80
 
 
+def test_the_served_model_has_llavas_number_of_tokens_and_a_larger_llm(tmp_path):
+    serving.larger_model(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
+    layer = 4 * 1024 ** 2 + 3 * 1024 * 2752 + 2 * 1024  # attention, MLP, two norms
+    assert sum(p.numel() for p in model.get_decoder().layers.parameters()) == 8 * layer
+    inputs = AutoProcessor.from_pretrained(tmp_path)(images=SCENES[0], text="<image>?")
+    assert torch.tensor(inputs["input_ids"]).eq(model.config.image_token_id).sum() == 576
+    side = model.config.vision_config.image_size
+    assert torch.as_tensor(inputs["pixel_values"][0]).shape == (3, side, side)
+
+
 def test_the_servers_warm_up_does_not_count(monkeypatch):
     """64 tokens take 1 s, all take 4 s, and what comes first 100 s more."""
     clock, asked = FakeClock(), []
@@ -6156,12 +6247,16 @@ def test_the_servers_warm_up_does_not_count(monkeypatch):
         keep = prompts[0]["mm_processor_kwargs"]["keep"]
         clock.spend({"all": 4000, "64": 1000}[keep] + 100_000 * (keep not in asked))
         asked.append(keep)
+        pictures.extend(prompt["multi_modal_data"]["image"].tobytes() for prompt in prompts)
         assert len(prompts) == 16
+        assert (limits.max_tokens, limits.ignore_eos) == (32, True), "all answers are as long"
 
+    pictures = []
     monkeypatch.setattr(serving, "time", clock)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     times = serving.throughput(SimpleNamespace(generate=generate), 2)
     assert times == {"all": pytest.approx([4, 4]), "64": pytest.approx([1, 1])}
+    assert len(set(pictures)) == 2 * 3 * 16, "none is in a cache"
     assert serving.table({"all": [4, 3, 9], "64": [1, 1, 2]})["tables"] == {
         "visual tokens of a picture": {
             "576": {"16 answers, s": "4.00 [3.00–9.00]", "faster": "1.00×"},
