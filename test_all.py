@@ -4174,6 +4174,15 @@ def test_the_cost_of_reading_a_prompt_is_the_textbooks(vlm, keep):
     assert measured == (cache_bytes, pytest.approx(flops, rel=1e-4))
 
 
+def test_in_every_backbone_a_pruned_prompt_costs_less_to_read(backbone):
+    """Also where some layers are recurrent, and have no keys."""
+    vlm, inputs, X = backbone
+    pruned = infer.prefill_cost(vlm, inputs, X, some(X, inputs))
+    full = infer.prefill_cost(vlm, inputs, X)
+    for few, all_tokens in zip(pruned, full, strict=True):
+        assert 0 < few < all_tokens
+
+
 def test_with_all_tokens_infer_answers_as_the_stock_model(vlm, capsys):
     inputs = vlm.inputs([read_image(PICTURE)], [QUESTIONS[1]])
     prompt = inputs["input_ids"].shape[1]
