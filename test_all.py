@@ -544,6 +544,12 @@ def test_a_wrong_number_of_tokens_is_refused(choose, K):
         choose(torch.randn(5, 144), K)
 
 
+@pytest.mark.parametrize("tau", [0, -1, math.nan])
+def test_a_temperature_that_is_not_above_zero_is_refused(tau):
+    with pytest.raises(ValueError, match="tau must be positive"):
+        soft_top_k(torch.randn(5, 144), 16, tau)
+
+
 # --- the noise gate, the denoiser -----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -1583,18 +1589,22 @@ def test_processes_share_the_memory_and_the_one_with_the_least_room_decides(vlm,
     assert one.plan(vlm, 1000, args) == (2, 2)
 
 
-@pytest.mark.parametrize("checkpointing, plan", [(False, (2, 10)), (True, (8, 3))])
+@pytest.mark.parametrize("checkpointing, batch, plan, planned", [
+    (False, 20, (2, 10), "10.0"),
+    (True, 20, (8, 3), "10.0"),
+    (True, 5, (5, 1), "7.0"),
+])
 def test_a_plan_goes_by_whether_activations_are_computed_twice(
-        checkpointing, plan, monkeypatch, capsys):
+        checkpointing, batch, plan, planned, monkeypatch, capsys):
     """A picture takes 4 GB, or 1 GB, beside 1 GB of what learns; 9 of 10 GB may be used."""
     def of_a_step(vlm, learned, B, recompute=False):
         return {"frozen": 1e9, "learned": 1e9, "activations": B * (1e9 if recompute else 4e9)}
 
     monkeypatch.setattr(memory, "of_a_step", of_a_step)
     monkeypatch.setattr(memory, "system_memory", lambda: (10e9, "a test"))
-    args = SimpleNamespace(batch=20, at_once=None, checkpointing=checkpointing, shard=False)
+    args = SimpleNamespace(batch=batch, at_once=None, checkpointing=checkpointing, shard=False)
     assert Processes("cpu").plan(None, 1000, args) == plan
-    said = f"{plan[0]} images at a time, {plan[1]} times a step: about 10.0 GB with the model"
+    said = f"{plan[0]} images at a time, {plan[1]} times a step: about {planned} GB with the model"
     assert said in capsys.readouterr().err
 
 
@@ -2196,9 +2206,9 @@ def test_the_memory_plan_counts_weights_gradients_and_moments(vlm):
     plan = memory.of_a_step(vlm, sum(p.numel() for p in weights), B=1)
     assert plan["learned"] == sum(tensor.nbytes for tensor in learned)
     assert plan["frozen"] == 4 * sum(p.numel() for p in vlm.model.parameters())
-    almost_four = 16 * 1000 + L.nbytes + 3.7 * plan["activations"]
+    almost_four = 16 * 10 ** 6 + L.nbytes + 3.7 * plan["activations"]
     free = almost_four / 0.9  # a tenth is the reserve; without it four would fit
-    fitting = [memory.images_that_fit(vlm, 1000, share * free) for share in (1, 0.5, 0.1)]
+    fitting = [memory.images_that_fit(vlm, 10 ** 6, share * free) for share in (1, 0.5, 0.1)]
     assert fitting == [3, 1, 0]
 
 
@@ -4205,9 +4215,11 @@ def test_a_picture_from_stdin_is_pruned_measured_and_drawn(vlm, tmp_path, capsys
     L = vlm.inputs(SCENES[:1], QUESTIONS[:1])["input_ids"].shape[1]
     pruned, full = (L - 128) * a_token, L * a_token
     cache = f"KV cache {pruned / 1e6:.2f} MB instead of {full / 1e6:.2f}"
-    flops, ms = "0.0. GFLOP instead of 0.4.", r"\d+ ms with the choice instead of \d+"
-    assert re.fullmatch(f"reading the prompt: {flops}, {ms}, {cache}", summary)
+    flops, ms = "(0.0.) GFLOP instead of (0.4.)", r"(\d+) ms with the choice instead of (\d+)"
+    printed = re.fullmatch(f"reading the prompt: {flops}, {ms}, {cache}", summary)
     record = json.loads(record)
+    measured = [f"{count / 1e9:.2f}" for count in record["prefill_flops"]]
+    assert printed.groups() == (*measured, *(f"{time:.0f}" for time in record["prefill_ms"]))
     assert len(record["kept"]) == 16
     assert record["cache_bytes"] == [pruned, full]
     assert Image.open(drawing).width == 1240
@@ -4634,6 +4646,18 @@ def test_each_row_of_the_table_has_its_own_interval_and_ratios(vlm, monkeypatch,
     low, high = map(float, interval.split("–"))
     half_width = 100 * 1.96 * (0.8 * 0.2 / 400) ** 0.5 / 2  # binomial; the b's ratio is always 1
     assert (low, high) == pytest.approx((90 - half_width, 90 + half_width), abs=0.3)
+
+
+def test_what_all_tokens_never_answer_right_is_named_as_left_out(vlm, monkeypatch, capsys):
+    def right_or_wrong(vlm, rows, ways):
+        return {name: [1.0, 0.0] for name in ways}, {name: [16, 16] for name in ways}
+
+    monkeypatch.setattr(accuracy, "right_or_wrong", right_or_wrong)
+    rows = [dict(image=0, category=category) for category in "ab"]
+    settings = {"choose": "diversity", "keep": "16"}
+    accuracy.accuracy_table(vlm, None, settings, rows, [Budget(16)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "left out of the retention, since all tokens answer none of it right: b"
 
 
 def test_what_is_no_training_cannot_be_drawn(tmp_path):
@@ -6080,7 +6104,7 @@ def test_the_report_takes_retention_against_all_tokens_and_names_the_winner():
         "diversity 16": {"a": 0.8, "b": 0.4},
         "scorer 16": {"a": 0.9, "b": 0.45},
         "norm 8": {"a": 0.7, "b": 0.35},
-        "scorer 8": {"a": 0.7, "b": 0.35},
+        "scorer 8": {"a": 0.7004, "b": 0.35},  # 70.02, which one does not see
     }
     table, verdicts = report.accuracy(made)
     *_, random_row, diversity_row, scorer_row, _, _ = table.splitlines()
