@@ -544,6 +544,18 @@ def test_a_wrong_number_of_tokens_is_refused(choose, K):
         choose(torch.randn(5, 144), K)
 
 
+def test_each_picture_keeps_its_own_number_of_its_own_tokens():
+    """Of the second one's five places two are padding."""
+    nothing = -math.inf
+    ranking = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, nothing, nothing]])
+    assert select(ranking, torch.tensor([2, 1])).tolist() == [[0, 1], [-1, 1]]
+    assert select(ranking, torch.tensor([1, 3])).tolist() == [[-1, -1, 0], [0, 1, 2]]
+    assert select(ranking, 5).tolist() == [[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2]]
+    for K in ([5, 4], [0, 3], [6, 3]):
+        with pytest.raises(ValueError, match=re.escape(f"the [5, 3] tokens there are, not {K}")):
+            select(ranking, torch.tensor(K))
+
+
 @pytest.mark.parametrize("tau", [0, -1, math.nan])
 def test_a_temperature_that_is_not_above_zero_is_refused(tau):
     with pytest.raises(ValueError, match="tau must be positive"):
