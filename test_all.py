@@ -4850,6 +4850,19 @@ def test_the_training_step_of_bench_is_that_of_train_and_its_share_by_hand(vlm):
     close(ours, gradients(scorer, denoiser), atol=1e-7)
 
 
+def test_bench_chooses_by_the_class_tokens_attention_in_the_layer_of_the_features(
+        vlm, monkeypatch):
+    def spy(vlm, inputs, hidden):
+        chosen_by.append(criteria.cls_attention(vlm, inputs, hidden))
+        return chosen_by[0]
+
+    chosen_by, inputs = [], vlm.inputs(SCENES, QUESTIONS)
+    monkeypatch.setattr(bench, "cls_attention", spy)
+    times = bench.choose_once(vlm, Scorer(128), inputs, 9, bench.Clock("cpu"))
+    assert {"CLS", "pooling", "scorer, distinct", "scorer, top"} <= set(times)
+    close(chosen_by[0], criteria.cls_attention(vlm, inputs), atol=1e-6)
+
+
 def test_bench_has_a_row_for_each_way_batch_and_count(tmp_path, capsys):
     path = tmp_path / "speed.json"
     counts = "--keep 36 --batch 1 2 --words 3 4 --training 2 --repeats 1 --graphs".split()
