@@ -1903,7 +1903,8 @@ def test_half_precision_changes_little_and_the_frozen_model_not_at_all(
     assert ranks == {rank}
     assert [frozen.model.dtype for frozen in loaded] == [torch.float32, getattr(torch, dtype)]
     assert [frozen.decoder.training for frozen in loaded] == [False, True], "as checkpointing needs"
-    assert pruner.load_pruner(out)[1]["choose"] == choose
+    _, settings = pruner.load_pruner(out)
+    assert (settings["keep"], settings["choose"]) == ("20", choose)
     for tensor in load_file(half / "checkpoint.safetensors").values():
         assert tensor.dtype == torch.float32
     for row, expected in zip(log_of(half), log_of(out)):
@@ -2132,6 +2133,17 @@ def test_gradient_checkpointing_changes_nothing(backbone):
     assert slope[kept].norm(dim=-1).min() > 0, "it reaches every kept token"
     assert not slope[~kept].any()
     assert len(calls) == 2 + 4, "it must run twice for each loss"
+
+
+def test_gradient_checkpointing_drops_nothing_where_a_layer_would():
+    class Decoder(torch.nn.Sequential):
+        def gradient_checkpointing_enable(self, options):
+            assert self.training, "transformers does it in train mode only"
+
+    decoder = Decoder(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+    memory.recompute(SimpleNamespace(decoder=decoder))
+    x = torch.randn(50, 3)
+    assert decoder(x).equal(decoder[0](x))
 
 
 def brightness(vlm, dark, picture):
