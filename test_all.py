@@ -4145,6 +4145,12 @@ def test_a_model_gets_its_own_pruner_or_none(model_names, tmp_path, monkeypatch,
     complaint("--model: is empty", messages, "--model", "")
 
 
+def test_a_pruner_for_features_of_another_width_is_refused(model_names, tmp_path):
+    narrow = pruner_folder(tmp_path)
+    words = "trained for features 64 wide, but .*llava has 128; give"
+    complaint(words, infer_once, "--model", TINY, "--pruner", narrow)
+
+
 def test_a_run_without_a_pruner_takes_no_settings_from_one(model_names, monkeypatch, capsys):
     def nine(folder):
         return scorer, {**settings, "keep": "9"}
