@@ -4,7 +4,7 @@ The frozen VLM: load it, encode images, put all or only the kept visual tokens i
     vlm = load("llava-hf/llava-1.5-7b-hf")       # or a folder in that format, as data/shapes/llava
     inputs = vlm.inputs([image], ["What is this?"])
     X = vlm.encode(inputs)                       # (B, N, d_v)
-    keep = select(scorer(X), K)                  # (B, K), ascending
+    keep = select(distinct(scorer(X), X), K)     # (B, K), ascending
     print(vlm.generate(inputs, X, keep))
 
 One class serves every model of transformers that puts image features at places of its prompt.
@@ -12,9 +12,9 @@ Nothing is known of a model, and nothing is patched: intercept() calls the stock
 on its language model (LLM) catches what that is called with, then ends the call. So embeddings,
 positions and masks are the stock model's own. Pruning takes the dropped tokens' rows out of all.
 
-A dropped token leaves a gap in the position ids. That makes pruning exactly equal to running the
-full sequence with the dropped tokens masked out in every layer, and keeping all tokens exactly
-equal to the stock model. load() checks both on the model at hand before it is used.
+A dropped token leaves a gap in the position ids. So pruning equals the full sequence with the
+dropped tokens masked out in every layer (where no layer is recurrent), and keeping all equals the
+stock model. load() checks both on the model at hand before it is used.
 
 X are the tokens as they enter the LLM, behind the projector. For LLaVA-1.5 alone, they are taken
 before it, as in the papers. Where pictures of a batch have different numbers of tokens, X is padded

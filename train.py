@@ -8,7 +8,7 @@ Train a Scorer for a frozen VLM, with next-token loss on captions and nothing el
 In training no token is dropped: each gets through in proportion to its weight alpha. What counts is
 the deployed path: the chosen tokens stay, the rest is gone. The bar shows its loss on held-out
 captions as "pruned"; "loss" is that of the training. Hardness is the mean alpha of the K largest:
-at 1 the two paths are the same. A question file gives a closing table of what accuracy is kept.
+at 1 each alpha is 0 or 1. A question file gives a closing table of what accuracy is kept.
 
 Writes scorer.safetensors, pruner.json, log.jsonl and a checkpoint into --out, with --watch
 watched.json, too. A run that was stopped or killed continues with --resume, and ends with the same

@@ -2,7 +2,7 @@
 What every script leans on: files are written whole, errors are one line that a person can act on.
 
 This folder holds no lesson. If you read the code to learn the method, you may skip it: the lesson
-is in throttler.py, denoiser.py, train.py, model.py and infer.py.
+is in throttler.py, denoiser.py, train.py, model.py, infer.py and bench.py.
 
     write(Path("out/log.jsonl"), rounded([{"loss": 2.34567891}]))      # {"loss": 2.3457}
 """
