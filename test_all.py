@@ -1123,15 +1123,15 @@ def test_captions_and_answers_tell_what_is_in_the_scene():
     number = "Two shapes: "
     first, second = "an orange star at the top left", "a blue cross at the bottom right"
     both = {f"{number}{first} and {second}.", f"{number}{second} and {first}."}
-    captions, asked, named = set(), set(), set()
+    captions, pairs, named = set(), set(), set()
     for seed in range(200):
         captions.add(shapes.caption([star, cross], random.Random(seed)))
         kinds = shapes.questions([star, cross], random.Random(seed))
-        asked |= {(text, answer) for kind, text, answer in kinds if kind != "exists"}
+        pairs |= {(text, answer) for kind, text, answer in kinds if kind != "exists"}
         named |= {(text, answer) for kind, text, answer in kinds if kind == "exists"}
     assert captions == both
     assert shapes.caption([star], random.Random(0)) == f"One shape: {first}."
-    assert asked == {
+    assert pairs == {
         ("What color is the star?", "orange"), ("What color is the cross?", "blue"),
         ("What shape is the orange thing?", "star"), ("What shape is the blue thing?", "cross"),
         ("Where is the star?", "top left"), ("Where is the cross?", "bottom right"),
@@ -1146,8 +1146,8 @@ def test_captions_and_answers_tell_what_is_in_the_scene():
 def test_half_of_the_absent_things_that_are_asked_for_have_one_word_right():
     """The others are any of the 29 that are absent; of these 9 have, too."""
     star = dict(color="orange", shape="star", place="top left")
-    asked = [shapes.questions([star], random.Random(seed))[-1] for seed in range(1000)]
-    absent = [text for _, text, answer in asked if answer == "no"]
+    kinds = [shapes.questions([star], random.Random(seed))[-1] for seed in range(1000)]
+    absent = [text for _, text, answer in kinds if answer == "no"]
     near = [text for text in absent if "orange" in text or "star" in text]
     assert len(absent) == pytest.approx(500, abs=60)
     assert len(near) / len(absent) == pytest.approx(0.5 + 0.5 * 9 / 29, abs=0.07)
@@ -1616,8 +1616,9 @@ def test_a_plan_goes_by_whether_activations_are_computed_twice(
     monkeypatch.setattr(memory, "system_memory", lambda: (10e9, "a test"))
     args = SimpleNamespace(batch=batch, at_once=None, checkpointing=checkpointing, shard=False)
     assert Processes("cpu").plan(None, 1000, args) == plan
-    said = f"{plan[0]} images at a time, {plan[1]} times a step: about {planned} GB with the model"
-    assert said in capsys.readouterr().err
+    in_words = (f"{plan[0]} images at a time, {plan[1]} times a step: about {planned} GB with "
+                "the model")
+    assert in_words in capsys.readouterr().err
 
 
 def test_work_that_is_done_once_is_the_first_processs():
@@ -3219,10 +3220,10 @@ def test_patches_in_a_frame_are_as_bright_as_their_alpha():
 def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue(monkeypatch):
     """Of the quarters number 1 scores highest, 2 is kept, and 4 scores lowest."""
     def lay_out(words, panels, side):
-        said.extend(words)
+        texts.extend(words)
         return lay_out_panels(words, panels, side)
 
-    lay_out_panels, said = pictures.lay_out, []
+    lay_out_panels, texts = pictures.lay_out, []
     monkeypatch.setattr(pictures, "lay_out", lay_out)
     scores = torch.tensor([0.0, 5, 1, 2, -1])
     keep = torch.tensor([2])
@@ -3250,7 +3251,7 @@ def test_sheets_show_the_highest_scores_in_red_and_the_lowest_in_blue(monkeypatc
 
     first, second, fourth = quarters_of(2)  # cosine similarities of numbers 1 and 4
     assert (first, second, fourth) == (pictures.HEAT[2], pictures.HEAT[0], pictures.HEAT[2])
-    assert said == ["What is kept: 1 of 5 visual tokens", "Question: Why?",
+    assert texts == ["What is kept: 1 of 5 visual tokens", "Question: Why?",
                     "Answer by all tokens: a", "Answer by the kept tokens: b"]
 
 
@@ -4536,23 +4537,23 @@ def test_questions_are_taken_in_parts_that_tear_no_picture_apart():
 def test_the_more_tokens_a_picture_has_the_fewer_are_asked_about_at_once(
         tokens, at_once, monkeypatch):
     def inputs(pictures, texts):
-        asked.append(len(texts))
+        sizes.append(len(texts))
         return {}
 
     def encode(views):
-        return torch.zeros(asked[-1], 4, 1)
+        return torch.zeros(sizes[-1], 4, 1)
 
     def generate(prompts, X, keep, **options):
         return ["no"] * len(X)
 
-    asked = []
+    sizes = []
     monkeypatch.setattr(accuracy, "read_image", lambda *_: None)
     vlm = SimpleNamespace(tokens=tokens, processor=SimpleNamespace(image_processor=None),
                           inputs=inputs, encode=encode, generate=generate)
     rows = [dict(image=i, text="?", label="no") for i in range(at_once + 1)]
     right, _ = accuracy.right_or_wrong(vlm, rows, {"all": [keep_all]})
-    assert asked[::2] == [at_once, 1], "pictures"
-    assert asked[1::2] == [at_once, 1], "questions"
+    assert sizes[::2] == [at_once, 1], "pictures"
+    assert sizes[1::2] == [at_once, 1], "questions"
     assert right["all"] == [1] * (at_once + 1)
 
 
@@ -4593,10 +4594,10 @@ def test_each_choice_keeps_its_own_tokens_and_a_way_is_the_mean_of_its_choices(
 
 def test_the_rows_of_the_table_choose_by_their_names(vlm, features, shipped_pruner, monkeypatch):
     def right_or_wrong(vlm, rows, ways):
-        made.update(ways)
+        choices.update(ways)
         return {way: [1.0] for way in ways}, {way: [9] for way in ways}
 
-    made, rows = {}, [dict(image=0, category="a")]
+    choices, rows = {}, [dict(image=0, category="a")]
     monkeypatch.setattr(accuracy, "right_or_wrong", right_or_wrong)
     scorer, settings = shipped_pruner
     accuracy.accuracy_table(vlm, scorer, settings, rows, [Budget(9)], seeds=1, others=True)
@@ -4610,10 +4611,10 @@ def test_the_rows_of_the_table_choose_by_their_names(vlm, features, shipped_prun
         "coverage 9": criteria.coverage(X, 9),
         "blind": torch.full((3, 1), -1),
     }.items():
-        choose, = made[way]
+        choose, = choices[way]
         assert choose(X, {}).equal(keep), way
     assert not highest.equal(spread)
-    choose, = made["all 144"]
+    choose, = choices["all 144"]
     assert choose(X, {}) is None
 
 
@@ -4699,16 +4700,16 @@ def test_what_is_no_training_cannot_be_drawn(tmp_path):
 
 def test_a_report_names_a_broken_file_and_is_made_of_the_others(tmp_path):
     from results import study
-    made = (study.main, "report", "--to", tmp_path)
+    arguments = (study.main, "report", "--to", tmp_path)
     for path in (ROOT / "results").glob("*.json"):
         shutil.copy(path, tmp_path)
     broken = tmp_path / "accuracy.json"
     for content in ("{", "[]", "{}", '{"accuracy": {}}', '{"accuracy": 3}'):
         broken.write_text(content)
-        complaint("accuracy.json: holds no", run, *made)
+        complaint("accuracy.json: holds no", run, *arguments)
     assert not (tmp_path / "RESULTS.md").exists()
     broken.unlink()
-    run(*made)
+    run(*arguments)
     assert "not measured" in (tmp_path / "RESULTS.md").read_text()
     (tmp_path / "objects.json").write_text("my own")
     complaint("^--to .*objects.json: is there", run, study.main, "objects", "--to", tmp_path)
@@ -6141,7 +6142,7 @@ def test_the_page_of_results_is_what_the_report_makes_of_the_measurements(tmp_pa
 
 def test_the_report_takes_retention_against_all_tokens_and_names_the_winner():
     """By hand: 16 random tokens keep 0.5 / 1 and 0.3 / 0.5, which is 55 % on average."""
-    made = {
+    measured = {
         "all 144": {"a": 1.0, "b": 0.5},
         "random 16": {"a": 0.5, "b": 0.3},
         "diversity 16": {"a": 0.8, "b": 0.4},
@@ -6149,7 +6150,7 @@ def test_the_report_takes_retention_against_all_tokens_and_names_the_winner():
         "norm 8": {"a": 0.7, "b": 0.35},
         "scorer 8": {"a": 0.7004, "b": 0.35},  # 70.02, which one does not see
     }
-    table, verdicts = report.accuracy(made)
+    table, verdicts = report.accuracy(measured)
     *_, random_row, diversity_row, scorer_row, _, _ = table.splitlines()
     assert random_row == "| random 16 | 50.0 | 30.0 | 55.0 |"
     assert scorer_row == "| scorer 16 | 90.0 | 45.0 | 90.0 |"
@@ -6250,8 +6251,8 @@ def test_the_rule_of_the_test_bed_by_hand(vlm, monkeypatch):
 
     monkeypatch.setattr(study, "right_or_wrong", right_or_wrong)
     monkeypatch.setattr(study, "embedded", lambda split: 100 * [{"category": "a"}])
-    made = study.fidelity(SimpleNamespace(device="cpu", seeds=1))
-    rule = {part: row["holds"] for part, row in made["tables"]["rule"].items()}
+    result = study.fidelity(SimpleNamespace(device="cpu", seeds=1))
+    rule = {part: row["holds"] for part, row in result["tables"]["rule"].items()}
     yes, no = "yes", "**no**"
     assert rule == {
         "diversity at 16 below 98.5": yes,
@@ -6265,7 +6266,7 @@ def test_the_rule_of_the_test_bed_by_hand(vlm, monkeypatch):
         "pooling above random at 16": no,
         "a with all tokens at least 99": yes,
     }
-    table = made["tables"]["retention, %, validation questions"]
+    table = result["tables"]["retention, %, validation questions"]
     assert table["random"]["16"] == "87.0 (LLaVA 86.9)"
     assert table["random"]["8"] == "87.0"
 
@@ -6287,8 +6288,8 @@ def test_each_factor_of_the_ranking_is_deployed_with_each_seeds_scorer(
     monkeypatch.setattr(study, "trained", lambda *_: {way: way for way in scorers})
     monkeypatch.setattr(study, "load_pruner", lambda way: (scorers[way], None))
     monkeypatch.setattr(study, "embedded", lambda split: [])
-    made = study.ranking(SimpleNamespace(device="cpu", seeds=2))
-    table, = made["tables"].values()
+    result = study.ranking(SimpleNamespace(device="cpu", seeds=2))
+    table, = result["tables"].values()
     for row, name, c in (("trained through d, c = 4; deployed with c = 3", "ours", 3),
                          ("trained as the papers do; deployed by the scores alone", "papers", 0)):
         for K in (32, 4):
@@ -6317,12 +6318,12 @@ def test_the_served_model_has_llavas_number_of_tokens_and_a_larger_llm(tmp_path)
 
 def test_the_servers_warm_up_does_not_count(monkeypatch):
     """64 tokens take 1 s, all take 4 s, and what comes first 100 s more."""
-    clock, asked = FakeClock(), []
+    clock, budgets = FakeClock(), []
 
     def generate(prompts, limits, use_tqdm):
         keep = prompts[0]["mm_processor_kwargs"]["keep"]
-        clock.spend({"all": 4000, "64": 1000}[keep] + 100_000 * (keep not in asked))
-        asked.append(keep)
+        clock.spend({"all": 4000, "64": 1000}[keep] + 100_000 * (keep not in budgets))
+        budgets.append(keep)
         pictures.extend(prompt["multi_modal_data"]["image"].tobytes() for prompt in prompts)
         assert len(prompts) == 16
         assert (limits.max_tokens, limits.ignore_eos) == (32, True), "all answers are as long"
@@ -6345,13 +6346,13 @@ def test_six_scenes_are_drawn_with_the_answers_by_all_and_by_the_kept_tokens(mon
         return ["one" if keep is None else "two"]
 
     def label(draw, x, y, text, *_):
-        said.append(text)
+        texts.append(text)
 
-    said, (tiny_vlm, _) = [], draw.tiny()
+    texts, (tiny_vlm, _) = [], draw.tiny()
     monkeypatch.setattr(tiny_vlm, "generate", generate)
     monkeypatch.setattr(draw, "label", label)
     draw.kept()
-    assert said.count("all 144: one") == said.count("these 16: two") == 6
+    assert texts.count("all 144: one") == texts.count("these 16: two") == 6
 
 
 def test_the_curves_of_the_soft_top_k_become_steep(monkeypatch):
@@ -6452,12 +6453,12 @@ def test_the_table_of_ablations_has_each_seeds_own_numbers(vlm, tmp_path, monkey
         monkeypatch.setattr(study, replacement.__name__, replacement)
     monkeypatch.setattr(study, "trained", lambda *_: folders)
     monkeypatch.setattr(study, "embedded", lambda split: [])
-    made = study.ablations(SimpleNamespace(device="cpu", keep=["16", "~16"]))
-    table = made["tables"]["retention, %, test questions"]
+    result = study.ablations(SimpleNamespace(device="cpu", keep=["16", "~16"]))
+    table = result["tables"]["retention, %, test questions"]
     assert table["ours, by distinct"] == {"16": [90, 91], "~16": [90, 91]}
     assert table["Gumbel, by top"] == {"16": [45, 45.5], "~16": "–"}
     assert table["papers, by top"] == {"16": [45, 45.5], "~16": [45, 45.5]}
-    assert made["tables"]["at the last step"]["ours"] == {
+    assert result["tables"]["at the last step"]["ours"] == {
         "hardness": [0.9, 0.9],
         "soft loss": [0.5, 1.5],
         "deployed loss": [0.3, 0.3],
@@ -6485,8 +6486,8 @@ def test_what_kept_tokens_lie_on_is_counted_by_hand(monkeypatch):
 def test_closing_up_positions_costs_most_where_a_place_is_asked_for(tmp_path, monkeypatch):
     rows = questions.read_questions(drawn(tmp_path))
     monkeypatch.setattr(study, "embedded", lambda split: rows)
-    made = study.positions(SimpleNamespace(device="cpu"))
-    table, = made["tables"].values()
+    result = study.positions(SimpleNamespace(device="cpu"))
+    table, = result["tables"].values()
     original, closed = table["scorer, original"], table["scorer, closed up"]
     assert original["where"] == 100
     assert closed["where"] < 75
