@@ -57,14 +57,14 @@ def number_type(args):
     return args.dtype
 
 
-def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=None, processor=None):
+def load(model, device="cpu", dtype=torch.float32, processor=None):
     """A frozen VLM from a folder (also relative to this repository) or a hub name.
 
-    `model` may also be a transformers model that is loaded already: it is frozen in place. Without
-    `processor` its own is read. 'random:NAME' (see common/architectures.py): the true architecture,
-    random weights and no processor, for timing; on device "meta" without weights, for counting.
-    attention and device_map are those of from_pretrained(). InputError for whatever is wrong with
-    the model: before anything else it must answer a trial question, and pass the self-check.
+    `model` may also be a transformers model that is loaded already, as its from_pretrained() does on
+    several cards: it is frozen in place. Without `processor` its own is read. 'random:NAME' (see
+    common/architectures.py): the true architecture, random weights and no processor, for timing; on
+    device "meta" without weights, for counting. InputError for whatever is wrong with the model:
+    before anything else it must answer a trial question, and pass the self-check.
     """
     if isinstance(model, PreTrainedModel):
         name = model.name_or_path or type(model).__name__
@@ -73,7 +73,7 @@ def load(model, device="cpu", dtype=torch.float32, attention=None, device_map=No
             processor = processor or read_processor(find(name), kind)
     else:
         name = str(model)
-        model, processor = read_model(name, device, dtype, attention or "sdpa", device_map)
+        model, processor = read_model(name, device, dtype)
     with one_line(name, "a trial question about a grey picture"), hushed():
         tower = getattr(model.config, "vision_config", None)
         papers = model.config.model_type == "llava" and tower.model_type in Llava.TOWERS

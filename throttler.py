@@ -129,7 +129,8 @@ def distinct(scores, X, c=C):
     with torch.no_grad():
         real = ~z.isneginf()[..., None]  # (B, N, 1)
         x = X.float().masked_fill(~real, 0)
-        mean = x.sum(1, keepdim=True) / real.sum(1, keepdim=True)  # x̄
+        n = real.sum(1, keepdim=True)  # (B, 1, 1) real tokens
+        mean = x.sum(1, keepdim=True) / n  # x̄
         x = F.normalize(x - mean, dim=-1)
         alike = x @ x.mT  # (B, N, N), cos(x_i - x̄, x_j - x̄)
         better = z[:, None, :] > z[:, :, None]  # (B, N, N), z_j > z_i
@@ -202,7 +203,8 @@ class SoftTopK(torch.autograd.Function):
         PQ = (logP + logQ).exp()
         sqrt = (m.square() + PQ).sqrt()
         root = (m.abs() + sqrt).log()
-        b = torch.where(m < 0, root - logP, 0.5 * (logQ - logP))
+        b = 0.5 * (logQ - logP)  # for m = 0
+        b = torch.where(m < 0, root - logP, b)
         b = torch.where(m > 0, logQ - root, b)
         x = s - b  # d_i/tau - b
         left = 0.5 * x.clamp(max=0).exp()
@@ -253,7 +255,8 @@ def whitening(X):
     X = X - mean
     values, vectors = torch.linalg.eigh(X.T @ X / len(X))
     floor = 1e-8 * values[-1].clamp_min(0)
-    L = vectors * values.clamp_min(floor).sqrt()  # columns: √λ_i · v_i
+    values = values.clamp_min(floor)
+    L = vectors * values.sqrt()  # columns: √λ_i · v_i
     return mean.float(), L.float()
 
 
@@ -283,8 +286,17 @@ if __name__ == "__main__":
     scores = torch.tensor([3.0, 1.0, 0.5, 0.4, -2.0])
     for tau in (2.0, 0.5, 0.1):
         alpha = soft_top_k(scores, 2, tau)
-        print(f"tau {tau}: alpha", [f"{a:.3f}" for a in alpha.tolist()], f"sum {alpha.sum():.6f}")
-    X = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-0.1, 1.0], [-1.0, -1.0]]])
-    print("the 2 highest scores ", *select(scores[None], 2).tolist())
-    print("the 2 most distinct  ", *select(distinct(scores[None], X), 2).tolist(),
-          "   since token 1 is nearly the same as token 0")
+        values = [f"{a:.3f}" for a in alpha.tolist()]
+        print(f"tau {tau}: alpha {values} sum {alpha.sum():.6f}")
+    scores = scores[None]  # (1, 5)
+    X = torch.tensor([[
+        [1.0, 0.0],
+        [0.9, 0.1],
+        [0.0, 1.0],
+        [-0.1, 1.0],
+        [-1.0, -1.0],
+    ]])
+    highest = select(scores, 2)[0].tolist()
+    different = select(distinct(scores, X), 2)[0].tolist()
+    print("the 2 highest scores ", highest)
+    print("the 2 most distinct  ", different, "   since token 1 is nearly the same as token 0")

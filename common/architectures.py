@@ -1,7 +1,7 @@
 """
 Models of true size with random weights, noise for them, and where tokens lie in a picture.
 
-    model = random_model("random:qwen3-vl-8b", "meta", torch.bfloat16, "sdpa")    # for counting
+    model = random_model("random:qwen3-vl-8b", "meta", torch.bfloat16)            # for counting
     pixels, N = dummy_pixels(model, batch=2, size=(672, 672))
     boxes(model, inputs)                                                          # (N, 4)
 """
@@ -13,32 +13,63 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from common.files import InputError
 
-VICUNA = dict(model_type="llama", vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
-QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=128000, rope_theta=1e6,
-            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]))
+VICUNA = dict(
+    model_type="llama",
+    vocab_size=32064,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+QWEN2_5 = dict(
+    hidden_size=3584,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    intermediate_size=18944,
+    vocab_size=152064,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=128000,
+    rope_theta=1e6,
+    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+)
+QWEN2_5_VISION = dict(
+    hidden_size=1280,
+    out_hidden_size=3584,
+    tokens_per_second=2,
+)
+QWEN3 = dict(
+    hidden_size=4096,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=12288,
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=262144,
+    rope_theta=5e6,
+    rope_scaling=dict(
+        rope_type="default", mrope_section=[24, 20, 20], mrope_interleaved=True),
+)
+QWEN3_VISION = dict(
+    hidden_size=1152,
+    depth=27,
+    num_heads=16,
+    intermediate_size=4304,
+    out_hidden_size=4096,
+    patch_size=16,
+    num_position_embeddings=2304,
+    deepstack_visual_indexes=[8, 16, 24],
+)
 RANDOM = {  # the published configurations, where they differ from the stock one of their class
     "llava-1.5-7b": dict(model_type="llava", text_config=VICUNA),
     "llava-next-7b": dict(model_type="llava_next", text_config=VICUNA),
     "qwen2.5-vl-7b": dict(
-        model_type="qwen2_5_vl",
-        vision_config=dict(hidden_size=1280, out_hidden_size=3584, tokens_per_second=2),
-        text_config=dict(QWEN, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-                         num_key_value_heads=4, intermediate_size=18944, vocab_size=152064)),
-    "qwen3-vl-8b": dict(
-        model_type="qwen3_vl",
-        vision_config=dict(hidden_size=1152, depth=27, num_heads=16, intermediate_size=4304,
-                           out_hidden_size=4096, patch_size=16, num_position_embeddings=2304,
-                           deepstack_visual_indexes=[8, 16, 24]),
-        text_config=dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=128, intermediate_size=12288,
-                         vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=262144,
-                         rope_theta=5e6, rope_scaling=dict(
-                             rope_type="default", mrope_section=[24, 20, 20],
-                             mrope_interleaved=True))),
+        model_type="qwen2_5_vl", vision_config=QWEN2_5_VISION, text_config=QWEN2_5),
+    "qwen3-vl-8b": dict(model_type="qwen3_vl", vision_config=QWEN3_VISION, text_config=QWEN3),
 }
 
 
-def random_model(name, device, dtype, attention):
+def random_model(name, device, dtype):
     """The architecture of that name, made where it is to be: a 7B in bfloat16 takes 14 GB."""
     if name[7:] not in RANDOM:
         raise InputError(f"{name}: no such architecture; there are "
@@ -46,7 +77,7 @@ def random_model(name, device, dtype, attention):
     config = AutoConfig.for_model(**RANDOM[name[7:]])
     with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=attention)
+            config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     for key, p in model.named_parameters():  # matrices small and random, norms one, biases zero
         if p.dim() > 1:

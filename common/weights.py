@@ -73,7 +73,7 @@ def supported(kind):
     return kind
 
 
-def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device_map=None):
+def read_model(name, device="cpu", dtype=torch.float32):
     """(model, processor) from a folder or the hub; (model, None) for 'random:' and its names."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -83,7 +83,7 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
         raise InputError(f"--device {device}: torch cannot use it on this machine; try --device "
                          "cpu") from None
     if name.startswith("random:"):
-        return random_model(name, device, dtype, attention), None
+        return random_model(name, device, dtype), None
     if device.type == "meta":
         raise InputError("--device meta: is for counting with a random: model, and computes "
                          "nothing; try --device cpu")
@@ -91,9 +91,7 @@ def read_model(name, device="cpu", dtype=torch.float32, attention="sdpa", device
         source = find(name)
         kind = supported(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
     with one_line(name, "reading the weights"):
-        model = read_weights(source, dtype, attention, device_map)
-        if device_map is None:
-            model.to(device)
+        model = read_weights(source, dtype).to(device)
     with one_line(name, "reading tokenizer.json and the processor's files"), hushed():
         return model, read_processor(source, kind)
 
@@ -116,15 +114,14 @@ def find(name):
     return folder or name
 
 
-def read_weights(source, dtype, attention, device_map):
+def read_weights(source, dtype):
     """The model, if its safetensors are what config.json describes.
 
     Where a weight is missing, transformers would make it random.
     """
     model, report = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, device_map=device_map,
-        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True)
+        source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     for key, stored, described in sorted(report["mismatched_keys"]):
         wrong.append(f"{key} is {tuple(stored)} in the weights, {tuple(described)} in config.json")
